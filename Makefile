@@ -1,0 +1,58 @@
+# `make demo` and `make test` do all set-up themselves. Everything is installed into .venv; a second run is quick.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+
+PYTHON ?= python3.11
+VENV := .venv
+STAMP := $(VENV)/installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DVC_NO_ANALYTICS := true
+
+# FFCV and the pixel library are compiled here; Slurm is for the tests.
+APT_BUILD := build-essential pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev
+APT_SLURM := slurm-wlm slurmdbd munge mariadb-server
+
+.PHONY: help setup demo test bench dashboard check apt-build apt-slurm
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## install what is missing (apt packages when root, .venv from the lock file)
+
+demo: setup  ## the whole graph on handwritten digits, then the tables
+	@dvc repro
+	python -m pipeline show
+	echo "Report: reports/index.html    Runs and curves: make dashboard"
+
+test: setup apt-slurm  ## every check and every test
+	@ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+	pytest
+
+bench: setup  ## data path against timm's loader and stock FFCV, on this machine
+	@python -m benchmarks
+
+dashboard: setup  ## MLflow's interface on http://127.0.0.1:5000
+	@mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+apt-build:
+	@packages="$(APT_BUILD)" ./.ci/apt-install
+
+apt-slurm:
+	@packages="$(APT_SLURM)" ./.ci/apt-install --optional
+
+$(STAMP): requirements.lock requirements-build.lock pyproject.toml $(wildcard pipeline/data/native/*) | apt-build
+	@command -v $(PYTHON) > /dev/null || { echo "Python 3.11 is missing: apt-get install python3.11 python3.11-venv (or set PYTHON=)"; exit 1; }
+	test -x $(VENV)/bin/python || { echo "== virtual environment"; $(PYTHON) -m venv $(VENV); }
+	echo "== installer"
+	python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-build.lock
+	echo "== packages (some GB the first time)"
+	uv pip install --python $(VENV)/bin/python --no-build-isolation --require-hashes -r requirements.lock
+	echo "== this project"
+	uv pip install --quiet --python $(VENV)/bin/python --no-build-isolation --no-deps --reinstall -e .
+	touch $@

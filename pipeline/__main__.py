@@ -1,0 +1,92 @@
+"""The command line: `python -m pipeline <stage> [variant] [seed]`, and compose, doctor, show.
+
+Heavy imports happen inside the commands, so that `--help` and a wrong word answer at once.
+"""
+
+import argparse
+import errno
+import importlib
+import logging
+import sys
+
+STAGES = {
+    "prepare_imagenet": (),
+    "prepare_ade20k": (),
+    "convert_imagenet": (),
+    "convert_ade20k": (),
+    "train_classifier": ("variant", "seed"),
+    "evaluate_classifier": ("variant", "seed"),
+    "train_segmenter": ("variant", "seed"),
+    "evaluate_segmenter": ("variant", "seed"),
+    "evaluate_released": ("variant",),
+    "compare_with_paper": (),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Reproduce 'MetaFormer Is Actually What You Need for Vision'; `dvc repro` runs the stages.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for stage, arguments in STAGES.items():
+        command = commands.add_parser(stage, help="a stage of dvc.yaml")
+        for argument in arguments:
+            command.add_argument(argument, type=int if argument == "seed" else str)
+    compose = commands.add_parser("compose", help="write params.yaml from experiments/")
+    compose.add_argument("overrides", nargs="*", help="Hydra overrides, as scale=paper or seeds=[0,1,2]")
+    doctor = commands.add_parser("doctor", help="what is there, what is missing, what to do")
+    doctor.add_argument("--verify", action="store_true", help="check each sample of each .beton against its manifest")
+    commands.add_parser("show", help="print the tables of reports/")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. An error of the user's is one line without a traceback."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    from pipeline.errors import UserError
+
+    try:
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'disk'}: {error.strerror}: free some space and start again", file=sys.stderr)
+    return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pipeline import paths
+
+    if options.command == "compose":
+        from pipeline.experiments import compose
+
+        compose(options.overrides)
+        return 0
+    if options.command == "doctor":
+        from pipeline.doctor import examine
+
+        return examine(verify=options.verify)
+    if options.command == "show":
+        from rich.console import Console
+
+        from pipeline.report import print_tables
+
+        print_tables(paths.REPORTS, Console())
+        return 0
+
+    from pipeline.config import check_variant, load_params
+
+    if "variant" in options:
+        check_variant(options.variant)
+    params = load_params(paths.PARAMS)
+    stage = importlib.import_module(f"pipeline.stages.{options.command}")
+    stage.run(params, *(getattr(options, name) for name in STAGES[options.command]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Cluster profiles: where a job runs and how a global batch is spread there. Never a DVC dependency."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import yaml
+from pydantic import Field, model_validator
+
+from pipeline.config import Strict, validate
+from pipeline.errors import UserError
+
+
+class Profile(Strict):
+    """One YAML file in `slurm/`, named by PIPELINE_CLUSTER."""
+
+    kind: Literal["local", "slurm"] = Field(description="this machine, or sbatch")
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): all there are")
+    ranks_per_node: int | None = Field(default=None, ge=1, description="default: one a GPU, else one")
+    cpus_per_task: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): cores / ranks")
+    max_images_per_device: int = Field(default=128, ge=1, description="larger shares of a batch are accumulated")
+    checkpoint_interval_s: float = Field(default=600, gt=0)
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    memory_gb: float | None = Field(default=None, gt=0, description="a node")
+    time_min: int = Field(default=24 * 60, ge=1, description="longest a job may run before it is requeued")
+    signal_delay_s: int = Field(default=120, ge=1, description="warning before the time limit, to write a checkpoint")
+    setup: tuple[str, ...] = Field(default=(), description="shell lines before the job starts")
+    environment: dict[str, str] = Field(default={}, description="environment of sbatch and of the job")
+    additional: dict[str, str | int | bool] = Field(default={}, description="further #SBATCH options by long name")
+
+    @model_validator(mode="after")
+    def _kinds_differ(self) -> "Profile":
+        if self.kind == "local":
+            if self.nodes != 1:
+                raise ValueError("kind local has one node; use kind slurm for more")
+            only = [name for name in ("partition", "account", "qos", "constraint") if getattr(self, name)]
+            if only or self.additional:
+                raise ValueError(f"{', '.join(only) or 'additional'} means nothing for kind local: remove it")
+        elif self.gpus_per_node == "auto" or self.cpus_per_task == "auto":
+            raise ValueError("'auto' is for kind local: give gpus_per_node and cpus_per_task as numbers")
+        return self
+
+    @property
+    def gpus(self) -> int:
+        """GPUs a node."""
+        if self.gpus_per_node != "auto":
+            return self.gpus_per_node
+        return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks (processes) a node."""
+        return self.ranks_per_node or max(1, self.gpus)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_here
+
+    @property
+    def cpus(self) -> int:
+        """CPU cores a rank."""
+        if self.cpus_per_task != "auto":
+            return self.cpus_per_task
+        return max(1, cores_here() // self.ranks_here)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one rank works through its share of a global batch."""
+
+    per_rank: int
+    micro_batch_size: int
+
+    @property
+    def accumulation(self) -> int:
+        return -(-self.per_rank // self.micro_batch_size)
+
+
+def split(global_batch_size: int, world_size: int, max_images_per_device: int) -> Split:
+    """Spread a recipe's global batch over a profile's ranks: the one place where the two meet.
+
+    The micro-batch is the largest divisor of a rank's share that the device holds, so that all are equal.
+
+    Raises:
+        UserError: the batch cannot be shared out evenly.
+    """
+    if global_batch_size % world_size:
+        fits = [size for size in range(1, world_size + 1) if global_batch_size % size == 0]
+        raise UserError(
+            f"a global batch of {global_batch_size} cannot be spread evenly over {world_size} ranks: "
+            f"use a cluster profile of {fits[-1]} ranks, or another global_batch_size"
+        )
+    share = global_batch_size // world_size
+    micro = max(size for size in range(1, min(share, max_images_per_device) + 1) if share % size == 0)
+    return Split(share, micro)
+
+
+def load_profile(path: Path) -> Profile:
+    """Read and check a cluster profile.
+
+    Raises:
+        UserError: it is missing or has a fault.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        there = ", ".join(sorted(str(other) for other in Path("slurm").glob("*.yaml")))
+        raise UserError(f"cluster profile {path} is missing; PIPELINE_CLUSTER may name one of: {there}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    return validate(Profile, data, str(path))
+
+
+def cores_here() -> int:
+    """CPU cores that this process may use."""
+    return len(psutil.Process().cpu_affinity())

@@ -1,0 +1,236 @@
+"""The typed form of `params.yaml` (what is computed) and its one reader.
+
+`experiments/` composes the file with Hydra; this module checks it. Nothing has a default here: every value that
+can change a result stands in `params.yaml`, where DVC sees it. Where a run executes (nodes, GPUs, micro-batches,
+workers) is no business of this file: see `pipeline.cluster`.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UserError
+
+VARIANT_NAMES = ("poolformer_s12", "poolformer_s24", "poolformer_s36", "poolformer_m36", "poolformer_m48")
+Variant = Literal["poolformer_s12", "poolformer_s24", "poolformer_s36", "poolformer_m36", "poolformer_m48"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions (`5e-5` is a string in YAML), no mutation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageNetData(Strict):
+    source: Literal["digits", "folder"] = Field(description="'digits' writes the demo's images into `root`")
+    root: str = Field(description="folder with train/ and val/, one folder a class in each")
+    num_classes: int = Field(gt=1)
+    storage: Literal["original", "compact"] = Field(description="JPEG bytes untouched, or shrunk and re-encoded")
+
+
+class Ade20kData(Strict):
+    source: Literal["scenes", "folder"] = Field(description="'scenes' writes the demo's scenes into `root`")
+    root: str = Field(description="folder with images/ and annotations/, {training,validation} in each")
+    num_classes: int = Field(gt=1, lt=255, description="without 'other', which is label 0 on disk")
+
+
+class ClassificationRecipe(Strict):
+    """One variant's whole training recipe. Values of the paper: `experiments/base.yaml`."""
+
+    image_size: int = Field(gt=0, description="pixels")
+    global_batch_size: int = Field(gt=0, description="images in an optimiser step, over all ranks")
+    epochs: int = Field(gt=0, description="length of the cosine, warm-up included")
+    cooldown_epochs: int = Field(ge=0, description="epochs at the minimal learning rate after the cosine")
+    warmup_epochs: int = Field(ge=0)
+    max_steps: int | None = Field(description="stop after so many steps (rehearsals); null: run to the end")
+    learning_rate_per_1024: float = Field(gt=0, description="learning rate = this x global batch / 1024")
+    warmup_learning_rate: float = Field(ge=0)
+    min_learning_rate: float = Field(ge=0)
+    weight_decay: float = Field(ge=0, description="on parameters of more than one dimension")
+    betas: tuple[float, float]
+    epsilon: float = Field(gt=0)
+    drop_path_rate: float = Field(ge=0, lt=1)
+    label_smoothing: float = Field(ge=0, lt=1)
+    mixup_alpha: float = Field(ge=0)
+    cutmix_alpha: float = Field(ge=0)
+    mixup_group_size: int = Field(gt=0, description="images mixed among one another: the paper's per-GPU batch")
+    random_erasing: float = Field(ge=0, le=1, description="probability, per image")
+    random_resized_crop_area: tuple[float, float]
+    random_resized_crop_ratio: tuple[float, float]
+    horizontal_flip: float = Field(ge=0, le=1)
+    rand_augment: Literal["rand-m9-mstd0.5-inc1"] | None
+    precision: Precision = Field(description="'auto' is bf16 where the device computes it, else fp32")
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate (paper: batch / 1024 x 1e-3)."""
+        return self.learning_rate_per_1024 * self.global_batch_size / 1024
+
+    @model_validator(mode="after")
+    def _epochs_fit(self) -> "ClassificationRecipe":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be below epochs ({self.epochs})")
+        return self
+
+
+class SegmentationRecipe(Strict):
+    """One variant's whole segmentation recipe. Values of the paper: `experiments/base.yaml`."""
+
+    global_batch_size: int = Field(gt=0, description="images in an optimiser step, over all ranks")
+    iterations: int = Field(gt=0, description="length of the polynomial decay")
+    max_steps: int | None = Field(description="stop after so many steps (rehearsals); null: run to the end")
+    learning_rate: float = Field(gt=0)
+    power: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    betas: tuple[float, float]
+    epsilon: float = Field(gt=0)
+    drop_path_rate: float = Field(ge=0, lt=1)
+    scale: tuple[int, int] = Field(description="long and short side the image is fitted into, pixels")
+    ratio_range: tuple[float, float]
+    crop_size: int = Field(gt=0, description="pixels")
+    max_category_ratio: float = Field(gt=0, le=1, description="crops where one class fills more are redrawn")
+    horizontal_flip: float = Field(ge=0, le=1)
+    photometric_distortion: bool
+    precision: Precision = Field(description="'auto' is bf16 where the device computes it, else fp32")
+
+
+class Classification(Strict):
+    train: list[Variant] = Field(description="variants to train")
+    weights: Literal["trained", "released"] = Field(
+        description="'released' puts the authors' weights in the place of a training, for the segmenters to start from"
+    )
+    recipe: dict[str, Any] = Field(description="fields of ClassificationRecipe shared by all variants")
+    variants: dict[Variant, dict[str, Any]] = Field(description="fields that one variant has of its own")
+
+    def recipe_for(self, variant: str) -> ClassificationRecipe:
+        return _merged(ClassificationRecipe, "classification", self.recipe, self.variants, variant)
+
+
+class Segmentation(Strict):
+    train: list[Variant] = Field(description="variants to train")
+    recipe: dict[str, Any] = Field(description="fields of SegmentationRecipe shared by all variants")
+    variants: dict[Variant, dict[str, Any]] = Field(description="fields that one variant has of its own")
+
+    def recipe_for(self, variant: str) -> SegmentationRecipe:
+        return _merged(SegmentationRecipe, "segmentation", self.recipe, self.variants, variant)
+
+
+class ClassificationEvaluation(Strict):
+    image_size: int = Field(gt=0, description="pixels")
+    crop_fraction: dict[str, float] = Field(description="centre crop / resized short side")
+    precision: Precision
+
+
+class SegmentationEvaluation(Strict):
+    scale: tuple[int, int] = Field(description="long and short side the image is fitted into, pixels")
+    size_divisor: int = Field(gt=0, description="'aligned resize': both sides rounded up to a multiple")
+    multi_scale_ratios: list[float] = Field(description="ratios of the ms+flip columns; empty: not measured")
+    precision: Precision
+
+
+class Evaluation(Strict):
+    classification: ClassificationEvaluation
+    segmentation: SegmentationEvaluation
+
+
+class Released(Strict):
+    folder: str = Field(description="folder with the authors' and mmseg's weight files")
+    variants: list[Variant] = Field(description="variants whose released weights are evaluated")
+
+
+class Params(Strict):
+    scale: str = Field(description="the experiments/scale file that this came from")
+    comparable: bool = Field(description="whether the images are the paper's")
+    not_comparable_because: str
+    seeds: list[int] = Field(min_length=1)
+    imagenet: ImageNetData
+    ade20k: Ade20kData
+    classification: Classification
+    segmentation: Segmentation
+    evaluation: Evaluation
+    released: Released
+
+    @model_validator(mode="after")
+    def _recipes_are_whole(self) -> "Params":
+        for variant in self.classification.train:
+            self.classification.recipe_for(variant)
+        for variant in self.segmentation.train:
+            self.segmentation.recipe_for(variant)
+            if variant not in self.classification.train:
+                raise ValueError(
+                    f"segmentation.train has {variant}, whose backbone classification.train has not: add it"
+                )
+        return self
+
+
+M = TypeVar("M", bound=Strict)
+
+
+def _merged(model: type[M], section: str, shared: dict[str, Any], own: dict[Any, dict[str, Any]], variant: str) -> M:
+    return validate(model, {**shared, **own.get(variant, {})}, f"{section}.recipe + {section}.variants.{variant}")
+
+
+def validate(model: type[M], data: Any, where: str) -> M:
+    """Check `data` (as YAML gives it) against `model`.
+
+    Raises:
+        UserError: one line for the first few faults, with the place, the fault and, for unknown keys, the valid ones.
+    """
+    try:
+        return model.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        faults = [_sentence(model, fault) for fault in error.errors()]
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise UserError(f"{where}: {'; '.join(faults[:3])}{more}") from None
+
+
+def _sentence(model: type[Strict], fault: Any) -> str:
+    location = [part for part in fault["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in location)
+    if fault["type"] == "extra_forbidden":
+        owner: Any = model
+        for part in location[:-1]:
+            owner = owner.model_fields[str(part)].annotation
+        return unknown(f"key {key!r}", str(location[-1]), owner.model_fields)
+    if fault["type"] == "missing":
+        return f"{key!r} is missing"
+    if fault["type"] in ("float_type", "float_parsing") and isinstance(fault["input"], str):
+        return f"{key!r} is the text {fault['input']!r}, not a number: YAML wants 5.0e-5, not 5e-5"
+    message = fault["msg"].removeprefix("Value error, ")
+    return message if not key else f"{key!r} is {fault['input']!r}: {message}"
+
+
+def unknown(what: str, name: str, valid: Any) -> str:
+    """The sentence for a name that nobody knows, with the nearest and all valid ones."""
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"unknown {what}{hint}; valid: {', '.join(valid)}"
+
+
+def load_params(path: Path) -> Params:
+    """Read and check `params.yaml`.
+
+    Raises:
+        UserError: the file is missing, no YAML, or has a fault.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: write it with `python -m pipeline compose scale=demo`") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    return validate(Params, data, str(path))
+
+
+def check_variant(variant: str) -> str:
+    """Return `variant`, or raise UserError naming the valid ones."""
+    if variant not in VARIANT_NAMES:
+        raise UserError(unknown(f"variant {variant!r}", variant, VARIANT_NAMES))
+    return variant

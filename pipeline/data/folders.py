@@ -1,0 +1,224 @@
+"""The two folder layouts that the pipeline reads, ImageNet's and ADE20K's: listed and checked.
+
+A sample's index, in a .beton and everywhere after it, is its position in these lists.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import UserError
+
+# The suffixes that torchvision's ImageFolder takes, which contain timm's.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MADE_HERE = "MADE_BY_PIPELINE.txt"
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in ImageNet's layout, `<root>/<class>/<file>`: sorted by class folder, then by file.
+
+    `labels` is int32 `(N,)`, the class's position in `classes`; `sizes_bytes` is int64 `(N,)`.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    names: list[str]
+    labels: npt.NDArray[np.int32]
+    sizes_bytes: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def relative_path(self, index: int) -> str:
+        return f"{self.classes[self.labels[index]]}/{self.names[index]}"
+
+    def label(self, index: int) -> str:
+        return str(self.labels[index])
+
+
+@dataclass(frozen=True)
+class SegmentationFolder:
+    """One split in ADE20K's layout: `images/<split>/X.jpg` with `annotations/<split>/X.png`.
+
+    Sorted by X. `sizes_bytes` is int64 `(N,)`, the image's bytes.
+    """
+
+    root: Path
+    split: str
+    names: list[str]
+    sizes_bytes: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def relative_path(self, index: int) -> str:
+        return f"images/{self.split}/{self.names[index]}"
+
+    def label(self, index: int) -> str:
+        """The annotation's path, relative to the root."""
+        return f"annotations/{self.split}/{Path(self.names[index]).stem}.png"
+
+
+def class_names(folder: str | Path) -> tuple[str, ...]:
+    """The sorted class folders of an image folder in ImageNet's layout.
+
+    Raises UserError if the folder is missing or holds no folders.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(
+            f"{root} is not there: it should hold one folder of images for each class "
+            "(ImageNet's layout); put the data there or correct the path in params.yaml"
+        )
+    with os.scandir(root) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    if not names:
+        raise UserError(
+            f"{root} holds no class folders: it should hold one folder of images for each class (ImageNet's layout)"
+        )
+    return tuple(names)
+
+
+def list_image_folder(
+    folder: str | Path, *, num_classes: int | None = None, classes: Sequence[str] | None = None
+) -> ImageFolder:
+    """List and check an image folder; hidden files and files beside the class folders do not count.
+
+    Args:
+        folder: the folder that holds one folder for each class.
+        num_classes: how many classes there have to be; None takes any number.
+        classes: the class folders there have to be, for instance `class_names(train)` for the
+            validation part, whose labels would silently shift if one class were missing.
+
+    Raises:
+        UserError: a folder is missing or empty, a class folder is missing or left over, or a class
+            folder holds something that is no image by its name.
+    """
+    root = Path(folder)
+    found = class_names(root)
+    if classes is not None and found != tuple(classes):
+        missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        raise UserError(
+            f"{root}: {len(found)} classes found, {len(classes)} expected"
+            f"{_some('; missing', missing)}{_some('; not expected', extra)}"
+        )
+    if num_classes is not None and len(found) != num_classes:
+        raise UserError(
+            f"{root}: {len(found)} classes found, {num_classes} expected "
+            f"({found[0]} to {found[-1]}): add or remove class folders"
+        )
+    names: list[str] = []
+    labels: list[npt.NDArray[np.int32]] = []
+    sizes: list[npt.NDArray[np.int64]] = []
+    for label, name in enumerate(found):
+        files = _image_files(root / name)
+        if not files:
+            raise UserError(f"{root / name} holds no images: add them or remove the class folder")
+        names.extend(files)
+        labels.append(np.full(len(files), label, np.int32))
+        sizes.append(np.fromiter(files.values(), np.int64, len(files)))
+    return ImageFolder(root, found, names, np.concatenate(labels), np.concatenate(sizes))
+
+
+def list_segmentation_folder(root: str | Path, split: str) -> SegmentationFolder:
+    """List and check one split of a folder in ADE20K's layout; images and annotations pair by stem.
+
+    Raises:
+        UserError: a folder is missing or empty, or an image or an annotation has no partner.
+    """
+    root = Path(root)
+    image_folder, mask_folder = root / "images" / split, root / "annotations" / split
+    for folder in (image_folder, mask_folder):
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is not there: ADE20K's layout is images/{{training,validation}}/X.jpg "
+                "beside annotations/{training,validation}/X.png"
+            )
+    images, masks = _image_files(image_folder), _image_files(mask_folder)
+    if not images:
+        raise UserError(f"{image_folder} holds no images")
+    seen: dict[str, str] = {}
+    for name in images:
+        stem = Path(name).stem
+        if stem in seen:
+            raise UserError(f"{image_folder}: {seen[stem]} and {name} share one annotation; remove one of them")
+        if f"{stem}.png" not in masks:
+            raise UserError(f"{image_folder / name} has no annotation: {mask_folder / stem}.png is missing")
+        seen[stem] = name
+    for name in masks:
+        if Path(name).stem not in seen or Path(name).suffix != ".png":
+            raise UserError(f"{mask_folder / name} has no image of the same name in {image_folder}")
+    ordered = sorted(seen)
+    names = [seen[stem] for stem in ordered]
+    sizes = np.fromiter((images[name] for name in names), np.int64, len(names))
+    return SegmentationFolder(root, split, names, sizes)
+
+
+def write_listing(path: str | Path, folder: ImageFolder | SegmentationFolder) -> None:
+    """Write what a folder holds as CSV, `path,label,bytes`, for DVC to track in its stead."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("path", "label", "bytes"))
+        for index in range(len(folder)):
+            rows.writerow((folder.relative_path(index), folder.label(index), folder.sizes_bytes[index]))
+    partial.replace(path)
+
+
+@contextmanager
+def build_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder, which takes the place of `folder` if the block ends without an error.
+
+    Raises:
+        UserError: `folder` exists, is not empty, and was not made this way; or the disk is full.
+    """
+    final = Path(folder)
+    partial = final.with_name(f"{final.name}.partial")
+    for path in (final, partial):
+        if path.exists() and not (path / MADE_HERE).is_file() and any(path.iterdir()):
+            raise UserError(f"{path} exists and was not made by this pipeline: move it away, or name another")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        (partial / MADE_HERE).write_text("Generated; replaced without asking when made again.\n")
+        yield partial
+        shutil.rmtree(final, ignore_errors=True)
+        partial.replace(final)
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _image_files(folder: Path) -> dict[str, int]:
+    """The names of a folder's images, sorted, with their sizes in bytes."""
+    files: dict[str, int] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_file() or not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                raise UserError(
+                    f"{folder / entry.name} is not a file with an image's suffix "
+                    f"({', '.join(IMAGE_SUFFIXES)}): move it out of the data"
+                )
+            files[entry.name] = entry.stat().st_size
+    return dict(sorted(files.items()))
+
+
+def _some(title: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    return f"{title}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"

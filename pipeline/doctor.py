@@ -1,0 +1,194 @@
+"""`python -m pipeline doctor`: what is there, what is missing, what to do."""
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import cluster, paths
+from pipeline.config import Params, load_params
+from pipeline.errors import UserError
+
+Level = Literal["ok", "note", "fault"]
+SIGNS: dict[Level, str] = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
+PACKAGES = ("torch", "torchvision", "timm", "ffcv", "dvc", "mlflow", "submitit")
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""Weights and AdamW's two moments, float32."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Level
+    subject: str
+    text: str
+
+
+def examine(*, verify: bool = False) -> int:
+    """Print all findings; returns 1 if there is a fault, else 0. `verify` reads every sample of every .beton."""
+    findings: list[Finding] = []
+    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _decoder, _processor, _cluster, _parameters]
+    for check in [*checks, _betons] if verify else checks:
+        try:
+            findings.extend(check())
+        except UserError as error:
+            findings.append(Finding("fault", check.__name__.strip("_"), str(error)))
+    table = Table(box=None, show_header=False)
+    for finding in findings:
+        table.add_row(SIGNS[finding.level], finding.subject, finding.text)
+    Console(width=max(100, shutil.get_terminal_size().columns)).print(table)
+    return int(any(finding.level == "fault" for finding in findings))
+
+
+def _python() -> Iterator[Finding]:
+    found = platform.python_version()
+    good = found.startswith("3.11.")
+    advice = "" if good else ": the lock file is made and tested for 3.11"
+    yield Finding("ok" if good else "note", "Python", found + advice)
+
+
+def _packages() -> Iterator[Finding]:
+    for name in PACKAGES:
+        try:
+            yield Finding("ok", name, version(name))
+        except PackageNotFoundError:
+            yield Finding("fault", name, "not installed: run `make setup`")
+
+
+def _decoder() -> Iterator[Finding]:
+    try:
+        importlib.import_module("pipeline.data.pixels")
+        yield Finding("ok", "pixel library", "built")
+    except (ImportError, OSError) as error:
+        yield Finding("fault", "pixel library", f"{error}: run `make setup`")
+
+
+def _processor() -> Iterator[Finding]:
+    import torch
+
+    from pipeline import world
+
+    cores = cluster.cores_here()
+    cpu = torch.device("cpu")
+    yield Finding(
+        "ok", "CPU", f"{cores} cores, bf16 {'in hardware' if world.has_fast_bf16(cpu) else 'not in hardware'}"
+    )
+    if not torch.cuda.is_available():
+        driver = (
+            "a driver is there, but torch cannot use it: see `nvidia-smi`" if shutil.which("nvidia-smi") else "none"
+        )
+        yield Finding("note", "GPU", f"{driver}; training runs on the CPU, which is enough for the demo alone")
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield Finding("ok", f"GPU {index}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
+
+
+def _cluster() -> Iterator[Finding]:
+    path = paths.cluster_profile()
+    profile = cluster.load_profile(path)
+    yield Finding(
+        "ok", "cluster profile", f"{path}: {profile.kind}, {profile.world_size} ranks, {profile.cpus} cores each"
+    )
+    if profile.kind == "local":
+        return
+    environment = {**os.environ, **profile.environment}
+    for program in ("sbatch", "squeue", "sacct", "scontrol"):
+        if shutil.which(program, path=environment["PATH"]) is None:
+            yield Finding("fault", program, "not on the PATH: log in to a node of the cluster, or load its module")
+            return
+    answer = subprocess.run(["sinfo", "-h", "-o", "%P %a %D"], env=environment, capture_output=True, text=True)
+    if answer.returncode:
+        yield Finding("fault", "Slurm", f"sinfo fails: {answer.stderr.strip()}")
+        return
+    partitions = [line.split()[0].rstrip("*") for line in answer.stdout.splitlines()]
+    if profile.partition and profile.partition not in partitions:
+        yield Finding(
+            "fault", "partition", f"{profile.partition} is not one of {', '.join(partitions)}: correct {path}"
+        )
+    else:
+        yield Finding("ok", "Slurm", f"answers; partitions {', '.join(partitions)}")
+    accounting = subprocess.run(["sacct", "-n", "-X"], env=environment, capture_output=True, text=True)
+    if accounting.returncode:
+        yield Finding("fault", "sacct", f"fails ({accounting.stderr.strip()}): job states need accounting (slurmdbd)")
+
+
+def _parameters() -> Iterator[Finding]:
+    params = load_params(paths.PARAMS)
+    yield Finding("ok", "params.yaml", f"scale {params.scale}, seeds {params.seeds}")
+    yield from _disk(params)
+    yield from _data(params)
+    yield from _split(params)
+    if params.released.variants:
+        yield from _released(params)
+
+
+def _disk(params: Params) -> Iterator[Finding]:
+    from pipeline.paper.tables import label, wide
+
+    free = shutil.disk_usage(".").free
+    betons = 0 if params.imagenet.source == "digits" else _bytes_to_convert(params)
+    millions = wide("table2_imagenet")["params"]
+    runs = [millions[label(variant)] for variant in params.classification.train for _ in params.seeds]
+    checkpoints = int(sum(runs) * 1e6 * 2 * 4 + max(runs, default=0) * 1e6 * 3 * CHECKPOINT_BYTES_PER_PARAMETER)
+    needed = betons + checkpoints
+    text = f"{free / 1e9:.0f} GB free, about {needed / 1e9:.1f} GB needed here (.beton, weights, checkpoints)"
+    yield Finding("ok" if free > needed else "fault", "disk", text + ("" if free > needed else ": free some space"))
+
+
+def _bytes_to_convert(params: Params) -> int:
+    """Bytes of the .betons that are still to be made; the listings know, before them ImageNet's and ADE20K's own."""
+    if paths.beton("imagenet", "train").exists():
+        return 0
+    return int(150e9 if params.imagenet.storage == "original" else 60e9) + int(9e9)
+
+
+def _data(params: Params) -> Iterator[Finding]:
+    for name, source, root, parts in (
+        ("ImageNet", params.imagenet.source, Path(params.imagenet.root), ("train", "val")),
+        ("ADE20K", params.ade20k.source, Path(params.ade20k.root), ("images/training", "annotations/training")),
+    ):
+        if source in ("digits", "scenes"):
+            yield Finding("ok", name, f"handwritten digits, written to {root} by the prepare stage")
+        elif missing := [part for part in parts if not (root / part).is_dir()]:
+            text = f"{root}/{missing[0]} is missing: put the data there, or link it, or set {name.lower()}.root"
+            yield Finding("fault", name, text)
+        else:
+            yield Finding("ok", name, str(root))
+
+
+def _split(params: Params) -> Iterator[Finding]:
+    profile = cluster.load_profile(paths.cluster_profile())
+    for task, section in (("classification", params.classification), ("segmentation", params.segmentation)):
+        for variant in section.train[:1]:
+            batch = section.recipe_for(variant).global_batch_size
+            split = cluster.split(batch, profile.world_size, profile.max_images_per_device)
+            text = f"batch {batch} = {profile.world_size} ranks x {split.accumulation} x {split.micro_batch_size}"
+            yield Finding("ok", task, text)
+
+
+def _released(params: Params) -> Iterator[Finding]:
+    from pipeline.models.released_weights import RELEASED_CLASSIFIERS, RELEASED_SEGMENTERS, find_released
+
+    folder = Path(params.released.folder)
+    for names in (RELEASED_CLASSIFIERS, RELEASED_SEGMENTERS):
+        found = find_released(folder, names)
+        for variant in params.released.variants:
+            there = variant in found
+            text = "there" if there else f"not in {folder}: its row will say missing (see released/README.md)"
+            yield Finding("ok" if there else "note", names[variant], text)
+
+
+def _betons() -> Iterator[Finding]:
+    from pipeline.data.manifest import verify_beton
+
+    for path in sorted(paths.BETON.rglob("*.beton")):
+        verify_beton(path)
+        yield Finding("ok", str(path), "every sample has the SHA-256 of its manifest")

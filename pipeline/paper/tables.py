@@ -1,0 +1,100 @@
+"""Reads the CSV files beside this module: one row for each number, with its unit and its source.
+
+"MetaFormer Is Actually What You Need for Vision" (arXiv:2111.11418v3, CVPR 2022), its official code and release,
+timm's and mmsegmentation's measurements. Where two sources disagree, `disagreements.csv` says so.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+FOLDER = Path(__file__).parent
+
+TABLES = (
+    "variants",
+    "table2_imagenet",
+    "table3_coco",
+    "table4_ade20k",
+    "table5_ablations",
+    "table7_longer_training",
+    "released_imagenet",
+    "mmseg_ade20k",
+    "training_cost",
+)
+"""The files of numbers. `recipe` and `protocol` have JSON values; `released_files` and `disagreements` hold text."""
+
+
+@cache
+def _read(name: str) -> pd.DataFrame:
+    dtype: dict[str, Any] = {"value": float} if name in TABLES else {}
+    return pd.read_csv(FOLDER / f"{name}.csv", dtype=dtype, keep_default_na=False)
+
+
+def load(name: str) -> pd.DataFrame:
+    """One file as it stands: a row for each number, in the order of the source's table."""
+    return _read(name).copy()
+
+
+def wide(name: str) -> pd.DataFrame:
+    """One file of numbers as a table: a row for each model, a float column for each quantity, in the file's order."""
+    numbers = _read(name)
+    table = numbers.pivot(index="model", columns="quantity", values="value")
+    return table.loc[numbers["model"].unique(), list(numbers["quantity"].unique())]
+
+
+def numbers(name: str, model: str) -> dict[str, float]:
+    """The numbers that one file has for one model, by quantity."""
+    rows = _read(name)
+    rows = rows[rows["model"] == model]
+    return dict(zip(rows["quantity"], rows["value"].astype(float), strict=True))
+
+
+def disagreements(table: str) -> pd.DataFrame:
+    """Where the sources disagree on a number of `table` ("table2" or "table4"), which one is used here, and why."""
+    rows = _read("disagreements")
+    return rows[rows["table"] == table].drop(columns="table").reset_index(drop=True)
+
+
+def label(variant: str) -> str:
+    """The paper's name of a variant: `poolformer_s12` -> `PoolFormer-S12`."""
+    return f"PoolFormer-{variant.removeprefix('poolformer_').upper()}"
+
+
+def released_file(task: str, variant: str) -> str:
+    """Name of the released weights for `task` ("classification": the authors' file, "segmentation": mmseg's)."""
+    files = _read("released_files")
+    return str(files.loc[(files["task"] == task) & (files["model"] == label(variant)), "file"].item())
+
+
+def recipe_differences(task: str, variant: str, recipe: Mapping[str, Any]) -> list[str]:
+    """Fields of `recipe` that are not the paper's, as `<task>.<field>`, in the recipe's order.
+
+    Where the paper and its code disagree (300 or 310 epochs, batch 4096 or 1024) either value is the paper's. Fields
+    that the paper does not fix (the floating-point format) are not looked at.
+
+    Args:
+        task: "classification" or "segmentation".
+        variant: `poolformer_s12` and so on.
+        recipe: field names and values of `pipeline.config`'s recipe of that task.
+    """
+    rows = _read("recipe")
+    rows = rows[(rows["task"] == task) & rows["model"].isin(("all", label(variant)))]
+    allowed = rows.groupby("field")["value"].agg(lambda values: [json.loads(value) for value in values])
+    return [
+        f"{task}.{field}"
+        for field, value in recipe.items()
+        if field in allowed and not any(_same(value, paper) for paper in allowed[field])
+    ]
+
+
+def _same(value: Any, paper: Any) -> bool:
+    if isinstance(paper, list):
+        return len(value) == len(paper) and all(map(_same, value, paper))
+    if isinstance(paper, float) and isinstance(value, int | float):
+        return math.isclose(value, paper, rel_tol=1e-6)
+    return bool(value == paper)

@@ -1,0 +1,87 @@
+"""Where every file lies, relative to the checkout's root (the working directory of every command)."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+EXPERIMENTS = Path("experiments")
+REPORTS = Path("reports")
+RESULTS = Path("results")
+RUNS = Path("runs")
+BETON = Path("data/beton")
+LISTINGS = Path("data/listings")
+MODELS = Path("models")
+DEFAULT_CLUSTER = Path("slurm/local.yaml")
+
+
+def listing(dataset: str, split: str) -> Path:
+    """The checked list of one split's files, output of its prepare stage."""
+    return LISTINGS / dataset / f"{split}.csv"
+
+
+def beton(dataset: str, split: str) -> Path:
+    """The converted images of one split; its manifest lies beside it."""
+    return BETON / dataset / f"{split}.beton"
+
+
+def manifest(beton_path: str | Path) -> Path:
+    """The manifest of a .beton, `train.beton.manifest.csv`: one row and one SHA-256 for each sample."""
+    return Path(f"{beton_path}.manifest.csv")
+
+
+def model(kind: str, variant: str, seed: int) -> Path:
+    """The final weights of one training (`kind` is classifier or segmenter)."""
+    return MODELS / kind / f"{variant}-{seed}.pt"
+
+
+def curve(stage: str, variant: str, seed: int) -> Path:
+    """The training curve of one run as CSV, for `dvc plots`."""
+    return RESULTS / stage / f"{variant}-{seed}.csv"
+
+
+def metrics(stage: str, name: str) -> Path:
+    """The metrics of one evaluation as JSON, for `dvc metrics`; `name` is variant-seed or variant."""
+    return RESULTS / stage / f"{name}.json"
+
+
+def predictions(stage: str, name: str) -> Path:
+    """The prediction for each image as Parquet."""
+    return Path("predictions") / stage / f"{name}.parquet"
+
+
+def run(stage: str, name: str) -> Path:
+    """The run directory: config, fingerprint, log, metrics, checkpoints, job record. Outlives a rerun of its stage."""
+    return RUNS / stage / name
+
+
+def cluster_profile() -> Path:
+    """The cluster profile that PIPELINE_CLUSTER names."""
+    return Path(os.environ.get("PIPELINE_CLUSTER", DEFAULT_CLUSTER))
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well, fsync it and rename it to `path`.
+
+    A reader sees the old file or the whole new one, never a part, also after a power cut.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)

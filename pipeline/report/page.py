@@ -1,0 +1,164 @@
+"""Writes the report: both tables in four formats, the figures, and `index.html`, which needs no other file."""
+
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from pipeline.paper import label, load
+from pipeline.paper.verdict import RELEASED_TOLERANCE, RETRAINING_TOLERANCE
+from pipeline.paths import written_atomically
+from pipeline.report import figures
+from pipeline.report.formats import (
+    NOTHING,
+    TABLE2,
+    TABLE4,
+    heading_rows,
+    readable,
+    to_latex,
+    to_markdown,
+    visible_columns,
+)
+from pipeline.report.tables import Comparison, Table, classification_table, segmentation_table
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+STATUSES = {
+    "within": "✓",
+    "outside": "✗",
+    "inconclusive": "?",
+    "not comparable": "≠",
+    "missing": "○",
+}
+"""A sign for each status beside its colour, for print and for eyes that see no red and green."""
+
+
+def write_reports(
+    folder: Path,
+    *,
+    classification: pd.DataFrame,
+    segmentation: pd.DataFrame,
+    released_classification: pd.DataFrame,
+    released_segmentation: pd.DataFrame,
+    comparable: bool,
+    reason: str,
+    recipe_differences: dict[str, list[str]],
+    settings: dict[str, str],
+    curves: pd.DataFrame | None = None,
+) -> None:
+    """Write the whole report into `folder`, each file atomically. The same arguments give the same bytes.
+
+    Accuracies and mIoU are in percent. Any frame may be empty; columns marked optional may be absent or NaN.
+
+    Args:
+        folder: made when it is not there.
+        classification: a row for each (variant, seed): variant, seed, top1, top5, loss, images, parameters, macs_g;
+            optional train_images_per_s, gpu_hours.
+        segmentation: a row for each (variant, seed): variant, seed, miou, miou_aligned, aacc, images, parameters,
+            train_memory_gb, images_per_s; optional miou_ms_flip, miou_aligned_ms_flip.
+        released_classification: a row for each variant asked for: variant, file (its name), status ("measured" or
+            "missing"), top1, top5; optional parameters, macs_g.
+        released_segmentation: the same with miou, miou_aligned in place of top1, top5.
+        comparable: whether the images are the paper's.
+        reason: why not, as a clause without full stop; empty when they are.
+        recipe_differences: for each variant the fields that are not the paper's, as `classification.epochs`.
+        settings: what a reader needs to repeat it (commit, seeds, machine, versions), in the order to be shown.
+        curves: variant, seed, task, epoch_or_step, metric, value.
+    """
+    shared = Comparison(comparable, reason, recipe_differences)
+    table2 = classification_table(classification, released_classification, shared)
+    table4 = segmentation_table(segmentation, released_segmentation, shared)
+    drawn = {
+        "accuracy_macs": figures.accuracy_macs(table2.numbers, comparable, reason),
+        "miou_params": figures.miou_params(table4.numbers, comparable, reason),
+    }
+    if curves is not None and len(curves):
+        drawn["curves"] = figures.training_curves(curves)
+    svgs = {name: figures.to_svg(figure, name) for name, figure in drawn.items()}
+
+    for name, figure in drawn.items():
+        _write(folder / f"{name}.svg", svgs[name])
+        _write(folder / f"{name}.png", figures.to_png(figure))
+    for table in (table2, table4):
+        name = table.layout.name
+        _write(folder / f"{name}.csv", table.numbers.to_csv(index=False, lineterminator="\n"))
+        _write(folder / f"{name}.md", to_markdown(table.numbers, table.layout, table.notes))
+        _write(folder / f"{name}.tex", to_latex(table.numbers, table.layout, table.notes))
+        _write(folder / f"{name}.html", _render("table.html.j2", table=table))
+    page = _render(
+        "index.html.j2",
+        sections=[
+            _section(table2, classification, "accuracy_macs", "Top-1 accuracy against multiply-adds."),
+            _section(
+                table4,
+                segmentation,
+                "miou_params",
+                "mIoU* against the parameters of backbone and head; the paper's S24 stands at its misprinted 23.2 M.",
+            ),
+        ],
+        svgs=svgs,
+        comparable=comparable,
+        reason=reason,
+        settings=settings,
+        retraining_tolerance=RETRAINING_TOLERANCE,
+        released_tolerance=RELEASED_TOLERANCE,
+    )
+    _write(folder / "index.html", page)
+
+
+def print_tables(folder: Path, console: Console) -> None:
+    """Print the essence of both tables of a written report, narrow enough for 80 characters."""
+    for layout in (TABLE2, TABLE4):
+        numbers = pd.read_csv(folder / f"{layout.name}.csv")
+        columns = [column for column in layout.columns if column.terminal]
+        remarks = "\n".join(dict.fromkeys(verdict for verdict in numbers["verdict"] if ":" in verdict))
+        grid = RichTable(title=f"{layout.title} ({layout.metric})", title_justify="left", box=SIMPLE_HEAD)
+        grid.pad_edge, grid.collapse_padding = False, True
+        for column in columns:
+            grid.add_column(column.terminal, justify="left" if column.is_text else "right", no_wrap=True)
+        for cells in readable(numbers, columns).itertuples(index=False):
+            grid.add_row(*cells[:-1], cells[-1].partition(":")[0])
+        console.print(grid)
+        if remarks:
+            console.print(remarks, style="dim", highlight=False)
+
+
+def _section(table: Table, runs: pd.DataFrame, figure: str, caption: str) -> dict[str, object]:
+    """What the page shows for one table."""
+    statuses = [verdict.status for verdict in table.verdicts.values()]
+    units = load(table.layout.name).drop_duplicates("quantity").set_index("quantity")["unit"]
+    context = table.context.rename(columns={name: f"{name}, {unit}" for name, unit in units.items()})
+    return {
+        "table": table,
+        "counts": {status: statuses.count(status) for status in STATUSES if status in statuses},
+        "runs": runs.round(3).to_html(index=False, border=0, na_rep=NOTHING) if len(runs) else "",
+        "context": context.rename_axis(columns=None).reset_index(names="model").to_html(index=False, border=0),
+        "figure": figure,
+        "caption": caption,
+    }
+
+
+def _render(template: str, **values: object) -> str:
+    return TEMPLATES.get_template(template).render(
+        signs=STATUSES,
+        readable=readable,
+        visible_columns=visible_columns,
+        heading_rows=heading_rows,
+        label=label,
+        nothing=NOTHING,
+        **values,
+    )
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    with written_atomically(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,0 +1,17 @@
+"""What the evaluation stages share: a job, and the final metrics in the training's MLflow run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline import paths
+from pipeline.launch.fingerprint import Work
+from pipeline.launch.jobs import run_job
+from pipeline.tracking.mirror import RunMirror
+
+
+def evaluate(kind: str, work: Work, recipe: dict[str, Any], outputs: dict[str, Path]) -> None:
+    """Run an evaluation job and end the MLflow run that the training of the same name began."""
+    run_job(work, outputs)
+    metrics = json.loads(outputs["metrics.json"].read_text())
+    RunMirror(kind, work.name, paths.run(f"train_{kind}", work.name), recipe).finish(metrics)

@@ -1,0 +1,80 @@
+"""Put what was measured beside what the paper printed.
+
+Reads   results/
+Writes  reports/
+"""
+
+import json
+from typing import Any
+
+import pandas as pd
+
+from pipeline import paths
+from pipeline.config import Params
+from pipeline.paper.tables import recipe_differences
+from pipeline.report import write_reports
+from pipeline.tracking.mirror import log_tables
+
+CODE = ("pipeline/paper", "pipeline/report")
+
+
+def run(params: Params) -> None:
+    classification = _trained(params, "classifier")
+    segmentation = _trained(params, "segmenter")
+    write_reports(
+        paths.REPORTS,
+        classification=classification,
+        segmentation=segmentation,
+        released_classification=_released(params, "classifier"),
+        released_segmentation=_released(params, "segmenter"),
+        comparable=params.comparable,
+        reason=params.not_comparable_because,
+        recipe_differences=_recipe_differences(params),
+        settings={"scale": params.scale, "seeds": ", ".join(map(str, params.seeds))},
+        curves=_curves(params),
+    )
+    for kind, table in (("classifier", "table2_imagenet"), ("segmenter", "table4_ade20k")):
+        files = [paths.REPORTS / f"{table}.{suffix}" for suffix in ("csv", "md", "html", "tex")]
+        log_tables(kind, pd.read_csv(files[0]), [*files, paths.REPORTS / "index.html"])
+
+
+def _recipe_differences(params: Params) -> dict[str, list[str]]:
+    differences: dict[str, list[str]] = {}
+    for task, section in (("classification", params.classification), ("segmentation", params.segmentation)):
+        for variant in section.train:
+            recipe = section.recipe_for(variant).model_dump(mode="json")
+            differences.setdefault(variant, []).extend(recipe_differences(task, variant, recipe))
+    return differences
+
+
+def _runs(params: Params, kind: str) -> list[tuple[str, int]]:
+    trained = params.classification.train if kind == "classifier" else params.segmentation.train
+    return [(variant, seed) for variant in trained for seed in params.seeds]
+
+
+def _trained(params: Params, kind: str) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    if kind == "classifier" and params.classification.weights == "released":
+        return pd.DataFrame()
+    for variant, seed in _runs(params, kind):
+        metrics = json.loads(paths.metrics(f"evaluate_{kind}", f"{variant}-{seed}").read_text())
+        rows.append({"variant": variant, "seed": seed, **metrics})
+    return pd.DataFrame(rows)
+
+
+def _released(params: Params, kind: str) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for variant in params.released.variants:
+        result = json.loads(paths.metrics("evaluate_released", variant).read_text())
+        rows.append({"variant": variant, **result[kind]})
+    return pd.DataFrame(rows)
+
+
+def _curves(params: Params) -> pd.DataFrame:
+    curves = []
+    for kind, task in (("classifier", "classification"), ("segmenter", "segmentation")):
+        for variant, seed in _runs(params, kind):
+            curve = pd.read_csv(paths.curve(f"train_{kind}", variant, seed))
+            tidy = curve.melt(id_vars=["step"], value_vars=["loss"], var_name="metric")
+            curves.append(tidy.rename(columns={"step": "epoch_or_step"}).assign(variant=variant, seed=seed, task=task))
+    return pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()

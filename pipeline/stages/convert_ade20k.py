@@ -1,0 +1,25 @@
+"""Convert ADE20K's two splits, images and masks, to FFCV's format.
+
+Reads   data/listings/ade20k, ade20k.root
+Writes  data/beton/ade20k/{training,validation}.beton and their manifests
+"""
+
+from pipeline import cluster, paths
+from pipeline.config import Params
+from pipeline.stages import _code
+
+CODE = _code.CONVERSION
+
+
+def run(params: Params) -> None:
+    from pipeline.data.convert import convert_segmentation_folder
+
+    data = params.ade20k
+    for split in ("training", "validation"):
+        convert_segmentation_folder(
+            data.root,
+            split,
+            paths.beton("ade20k", split),
+            workers=cluster.cores_here(),
+            num_classes=data.num_classes,
+        )

@@ -1,0 +1,29 @@
+"""Convert ImageNet's two splits to FFCV's format.
+
+Reads   data/listings/imagenet, imagenet.root
+Writes  data/beton/imagenet/{train,val}.beton and their manifests
+"""
+
+from pathlib import Path
+
+from pipeline import cluster, paths
+from pipeline.config import Params
+from pipeline.stages import _code
+
+CODE = _code.CONVERSION
+
+
+def run(params: Params) -> None:
+    from pipeline.data.convert import convert_image_folder
+    from pipeline.data.folders import class_names
+
+    data = params.imagenet
+    for split in ("train", "val"):
+        convert_image_folder(
+            Path(data.root) / split,
+            paths.beton("imagenet", split),
+            storage=data.storage,
+            workers=cluster.cores_here(),
+            num_classes=data.num_classes,
+            classes=class_names(Path(data.root) / "train"),
+        )

@@ -1,0 +1,42 @@
+"""Evaluate one trained segmenter as a job.
+
+Reads   data/beton/ade20k/validation.beton, models/segmenter/{variant}-{seed}.pt
+Writes  results/evaluate_segmenter/{variant}-{seed}.json
+"""
+
+from pipeline import paths
+from pipeline.config import Params
+from pipeline.launch.fingerprint import Work
+from pipeline.stages import _code
+from pipeline.stages._evaluation import evaluate
+
+CODE = (
+    *_code.DEVICE,
+    *_code.SEGMENTER,
+    *_code.SCENES,
+    "pipeline/metrics",
+    "pipeline/models/released_weights.py",
+    "pipeline/tasks/segmenter_evaluation.py",
+    "pipeline/world.py",
+)
+
+
+def run(params: Params, variant: str, seed: int) -> None:
+    name = f"{variant}-{seed}"
+    beton, weights = paths.beton("ade20k", "validation"), paths.model("segmenter", variant, seed)
+    work = Work(
+        stage="evaluate_segmenter",
+        name=name,
+        call="pipeline.tasks.segmenter_evaluation:evaluate",
+        arguments={
+            "variant": variant,
+            "settings": params.evaluation.segmentation.model_dump(mode="json"),
+            "num_classes": params.ade20k.num_classes,
+            "beton": str(beton),
+            "weights": str(weights),
+        },
+        code=CODE,
+        inputs=(paths.manifest(beton), weights),
+    )
+    outputs = {"metrics.json": paths.metrics("evaluate_segmenter", name)}
+    evaluate("segmenter", work, params.segmentation.recipe_for(variant).model_dump(mode="json"), outputs)

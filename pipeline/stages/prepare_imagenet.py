@@ -1,0 +1,26 @@
+"""Check ImageNet's folder and list its files; the demo first writes the handwritten digits there.
+
+Reads   imagenet.root (outside DVC: 150 GB are not hashed; after a change in it, `dvc repro -f -s prepare_imagenet`)
+Writes  data/listings/imagenet/{train,val}.csv
+"""
+
+from pathlib import Path
+
+from pipeline import paths
+from pipeline.config import Params
+
+CODE = ("pipeline/data/digits.py", "pipeline/data/folders.py")
+
+
+def run(params: Params) -> None:
+    from pipeline.data.digits import write_digits
+    from pipeline.data.folders import class_names, list_image_folder, write_listing
+
+    data = params.imagenet
+    root = Path(data.root)
+    if data.source == "digits":
+        write_digits(root)
+    classes = class_names(root / "train")
+    for split in ("train", "val"):
+        folder = list_image_folder(root / split, num_classes=data.num_classes, classes=classes)
+        write_listing(paths.listing("imagenet", split), folder)

@@ -1,0 +1,53 @@
+"""Train one classifier as a job (or take released weights: classification.weights).
+
+Reads   data/beton/imagenet/train.beton
+Writes  models/classifier/{variant}-{seed}.pt, results/train_classifier/{variant}-{seed}.csv
+"""
+
+from pathlib import Path
+
+from pipeline import paths
+from pipeline.config import Params
+from pipeline.launch.fingerprint import Work
+from pipeline.stages import _code
+from pipeline.stages._training import train
+
+CODE = (*_code.LOOP, *_code.DEVICE, *_code.CLASSIFIER, *_code.IMAGES, "pipeline/tasks/classifier_training.py")
+
+
+def run(params: Params, variant: str, seed: int) -> None:
+    if params.classification.weights == "released":
+        take_released(params, variant, seed)
+        return
+    beton = paths.beton("imagenet", "train")
+    recipe = params.classification.recipe_for(variant).model_dump(mode="json")
+    work = Work(
+        stage="train_classifier",
+        name=f"{variant}-{seed}",
+        call="pipeline.tasks.classifier_training:train",
+        arguments={
+            "variant": variant,
+            "seed": seed,
+            "recipe": recipe,
+            "num_classes": params.imagenet.num_classes,
+            "beton": str(beton),
+        },
+        code=CODE,
+        inputs=(paths.manifest(beton),),
+    )
+    train("classifier", work, recipe, variant, seed)
+
+
+def take_released(params: Params, variant: str, seed: int) -> None:
+    """Put the authors' weights where the training's would be, with an empty curve."""
+    import torch
+
+    from pipeline.models import create_classifier
+    from pipeline.models.released_weights import RELEASED_CLASSIFIERS, load_released
+    from pipeline.train import history
+
+    file = Path(params.released.folder) / RELEASED_CLASSIFIERS[variant]
+    model = load_released(create_classifier(variant, params.imagenet.num_classes), file)
+    with paths.written_atomically(paths.model("classifier", variant, seed)) as temporary:
+        torch.save({"model": model.state_dict()}, temporary)
+    history.write_curve(Path("none"), paths.curve("train_classifier", variant, seed))

@@ -1,0 +1,91 @@
+"""Evaluation of one ImageNet classifier, as a function that runs inside a job."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline import paths
+from pipeline import world as ranks
+from pipeline.cluster import Profile
+from pipeline.config import Precision
+from pipeline.data.beton import open_beton
+from pipeline.data.loaders import eval_loader
+from pipeline.metrics import ClassificationMeter, count_macs, count_parameters
+from pipeline.models import create_classifier, load_released
+from pipeline.tasks.device_batch import normalise
+
+
+@torch.inference_mode()
+def evaluate(
+    world: ranks.World,
+    run_folder: Path,
+    profile: Profile,
+    *,
+    variant: str,
+    image_size: int,
+    crop_fraction: float,
+    precision: Precision,
+    num_classes: int,
+    beton: str,
+    weights: str,
+) -> bool:
+    """Count every image of `beton` once; rank 0 writes `out/metrics.json` and `out/predictions.parquet`."""
+    model = create_classifier(variant, num_classes)
+    load_released(model, Path(weights))
+    model.eval().to(world.device).to(memory_format=torch.channels_last)
+    meter = ClassificationMeter(world.device)
+    rows: list[pd.DataFrame] = []
+    for batch in eval_loader(
+        Path(beton),
+        batch_size=profile.max_images_per_device * world.size,
+        workers=world.cpus,
+        image_size=image_size,
+        crop_fraction=crop_fraction,
+        rank=world.rank,
+        world_size=world.size,
+    ):
+        with ranks.autocast(world.device, precision):
+            logits = model(normalise(batch.images.to(world.device))).float()
+        labels = batch.labels.to(world.device)
+        meter.update(logits, labels)
+        rows.append(_prediction_rows(batch.sample_ids, logits, labels))
+    counts = meter.compute()
+    expected = int(open_beton(Path(beton)).num_samples)
+    if counts["images"] != expected:
+        raise AssertionError(f"{counts['images']} images counted, {expected} in {beton}")
+    predictions = _gather(pd.concat(rows) if rows else pd.DataFrame(), world)
+    if world.is_first:
+        table = predictions.sort_values("sample_id", ignore_index=True)
+        if table["sample_id"].tolist() != list(range(expected)):
+            raise AssertionError(f"{beton}: an image was predicted twice or not at all")
+        with paths.written_atomically(run_folder / "out/predictions.parquet") as temporary:
+            table.to_parquet(temporary)
+        result = {**counts, "parameters": count_parameters(model), "macs_g": count_macs(model, 224) / 1e9}
+        with paths.written_atomically(run_folder / "out/metrics.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+    return True
+
+
+def _prediction_rows(sample_ids: Tensor, logits: Tensor, labels: Tensor) -> pd.DataFrame:
+    top = logits.softmax(1).topk(min(5, logits.shape[1]))
+    return pd.DataFrame(
+        {
+            "sample_id": sample_ids.tolist(),
+            "label": labels.tolist(),
+            "predicted": top.indices.tolist(),
+            "probability": top.values.tolist(),
+        }
+    )
+
+
+def _gather(table: pd.DataFrame, world: ranks.World) -> pd.DataFrame:
+    if world.size == 1:
+        return table
+    tables: list[Any] = [None] * world.size
+    dist.all_gather_object(tables, table)
+    return pd.concat(tables)

@@ -1,0 +1,152 @@
+"""Training of one ImageNet classifier, as a function that runs inside a job."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from pipeline import world as ranks
+from pipeline.cluster import Profile
+from pipeline.config import ClassificationRecipe, validate
+from pipeline.data.beton import open_beton
+from pipeline.data.loaders import TrainAugmentation, train_loader
+from pipeline.errors import UserError
+from pipeline.models import create_classifier
+from pipeline.tasks.device_batch import erase, mix, normalise
+from pipeline.tasks.training import run_recipe
+from pipeline.train.loop import Step
+from pipeline.train.schedule import cosine_by_epoch
+
+
+class ClassificationTask:
+    """One variant's recipe on one .beton, for the training loop."""
+
+    def __init__(
+        self, variant: str, recipe: ClassificationRecipe, num_classes: int, beton: Path, seed: int, world: ranks.World
+    ) -> None:
+        self.recipe, self.beton, self.seed, self.world = recipe, beton, seed, world
+        self.precision, self.global_batch_size = recipe.precision, recipe.global_batch_size
+        torch.manual_seed(seed)
+        self.model: nn.Module = create_classifier(variant, num_classes, recipe.drop_path_rate)
+        samples = int(open_beton(beton).num_samples)
+        self.steps_per_epoch = samples // recipe.global_batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(f"{beton} has {samples} images, fewer than one global batch of {recipe.global_batch_size}")
+        whole = (recipe.epochs + recipe.cooldown_epochs) * self.steps_per_epoch
+        self.total_steps = min(whole, recipe.max_steps or whole)
+        self.mixup = self._mixup(num_classes)
+        self.erasing = (
+            RandomErasing(recipe.random_erasing, mode="pixel", device="cpu") if recipe.random_erasing else None
+        )
+        self.share = recipe.global_batch_size // world.size
+        self.rows_loaded = self._rows_loaded()
+
+    def _mixup(self, num_classes: int) -> Mixup | None:
+        if not self.recipe.mixup_alpha and not self.recipe.cutmix_alpha:
+            return None
+        return Mixup(
+            self.recipe.mixup_alpha,
+            self.recipe.cutmix_alpha,
+            prob=1.0,
+            switch_prob=0.5,
+            mode="batch",
+            label_smoothing=self.recipe.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def _rows_loaded(self) -> int:
+        """Rows of the global batch that this rank reads: its share, or the whole mixing group that its share is in."""
+        group = self.recipe.mixup_group_size
+        if self.mixup is None or self.share % group == 0:
+            return self.share
+        if group % self.share or self.global_batch_size % group:
+            raise UserError(
+                f"a share of {self.share} images a rank does not fit groups of {group} for mixup: use a number of "
+                f"ranks that makes the share a multiple or a divisor of {group}, or another mixup_group_size"
+            )
+        return group
+
+    def learning_rate(self, step: int) -> float:
+        recipe = self.recipe
+        return cosine_by_epoch(
+            step // self.steps_per_epoch,
+            peak=recipe.learning_rate,
+            minimum=recipe.min_learning_rate,
+            warmup_start=recipe.warmup_learning_rate,
+            warmup_epochs=recipe.warmup_epochs,
+            epochs=recipe.epochs,
+        )
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        groups = param_groups_weight_decay(self.model, recipe.weight_decay)
+        return torch.optim.AdamW(groups, recipe.learning_rate, recipe.betas, recipe.epsilon, fused=True)
+
+    def steps(self, first_step: int) -> Iterator[Step]:
+        recipe = self.recipe
+        augmentation = TrainAugmentation(
+            scale=recipe.random_resized_crop_area,
+            ratio=recipe.random_resized_crop_ratio,
+            hflip=recipe.horizontal_flip,
+            rand_augment=recipe.rand_augment,
+        )
+        step = first_step
+        while step < self.total_steps:
+            epoch, first_batch = divmod(step, self.steps_per_epoch)
+            for batch in train_loader(
+                self.beton,
+                batch_size=recipe.global_batch_size,
+                seed=self.seed,
+                epoch=epoch,
+                workers=self.world.cpus,
+                image_size=recipe.image_size,
+                augmentation=augmentation,
+                rank=self.world.rank * self.share // self.rows_loaded,
+                world_size=recipe.global_batch_size // self.rows_loaded,
+                first_batch=first_batch,
+            ):
+                yield Step((batch.images, batch.labels), batch.sample_ids)
+                step += 1
+
+    def prepare(self, batch: Step, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch.tensors)
+        ids = batch.sample_ids
+        if self.mixup is not None:
+            group = self.recipe.mixup_group_size
+            first_row = self.world.rank * self.share // self.rows_loaded * self.rows_loaded
+            images, labels = mix(images, labels, self.mixup, group, self.seed, step, first_row // group)
+            start = self.world.rank * self.share - first_row
+            own = slice(start, start + self.share)
+            images, labels, ids = images[own], labels[own], ids[own]
+        images = normalise(images)
+        if self.erasing is not None:
+            self.erasing.device = device
+            erase(images, ids, self.erasing, self.seed, step // self.steps_per_epoch)
+        return images, labels
+
+    def loss(self, model: nn.Module, *micro_batch: Tensor) -> Tensor:
+        images, labels = micro_batch
+        smoothing = 0.0 if self.mixup is not None else self.recipe.label_smoothing  # mixed labels are smooth already
+        return nn.functional.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
+
+
+def train(
+    world: ranks.World,
+    run_folder: Path,
+    profile: Profile,
+    *,
+    variant: str,
+    seed: int,
+    recipe: dict[str, Any],
+    num_classes: int,
+    beton: str,
+) -> bool:
+    """Train one classifier; see `run_recipe` for what is written and returned."""
+    checked = validate(ClassificationRecipe, recipe, "recipe")
+    task = ClassificationTask(variant, checked, num_classes, Path(beton), seed, world)
+    return run_recipe(task, world, run_folder, profile, seed=seed)

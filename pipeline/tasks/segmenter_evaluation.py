@@ -1,0 +1,97 @@
+"""Evaluation of one ADE20K segmenter, as a function that runs inside a job."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import paths
+from pipeline import world as ranks
+from pipeline.cluster import Profile
+from pipeline.config import SegmentationEvaluation, validate
+from pipeline.data.beton import open_beton
+from pipeline.data.segmentation import segmentation_eval_loader
+from pipeline.metrics import ConfusionMatrix, count_parameters
+from pipeline.models import create_segmenter, load_released
+from pipeline.tasks.device_batch import IGNORED_LABEL, normalise, resize_logits
+
+
+@torch.inference_mode()
+def evaluate(
+    world: ranks.World,
+    run_folder: Path,
+    profile: Profile,
+    *,
+    variant: str,
+    settings: dict[str, Any],
+    num_classes: int,
+    beton: str,
+    weights: str,
+) -> bool:
+    """mIoU over every image of `beton`, each once; rank 0 writes `out/metrics.json`.
+
+    `miou` follows a plain resize, `miou_aligned` one to multiples of `size_divisor` (mmseg's mIoU and mIoU*);
+    each with `_ms_flip` too where the settings name ratios.
+    """
+    checked = validate(SegmentationEvaluation, settings, "evaluation.segmentation")
+    model = create_segmenter(variant, num_classes)
+    load_released(model, Path(weights))
+    model.eval().to(world.device).to(memory_format=torch.channels_last)
+    result: dict[str, Any] = {}
+    for name, size_divisor in (("miou", None), ("miou_aligned", checked.size_divisor)):
+        counts = _confusion(world, model, num_classes, Path(beton), checked, size_divisor, flip=False, ratios=[1.0])
+        result[name] = counts["mIoU"]
+        if checked.multi_scale_ratios:
+            ratios = checked.multi_scale_ratios
+            many = _confusion(world, model, num_classes, Path(beton), checked, size_divisor, flip=True, ratios=ratios)
+            result[f"{name}_ms_flip"] = many["mIoU"]
+    result |= {"aacc": counts["aAcc"], "macc": counts["mAcc"], "images": int(counts["images"])}
+    result["parameters"] = count_parameters(model)
+    if world.is_first:
+        with paths.written_atomically(run_folder / "out/metrics.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+    return True
+
+
+def _confusion(
+    world: ranks.World,
+    model: nn.Module,
+    num_classes: int,
+    beton: Path,
+    settings: SegmentationEvaluation,
+    size_divisor: int | None,
+    *,
+    flip: bool,
+    ratios: list[float],
+) -> dict[str, float]:
+    matrix = ConfusionMatrix(num_classes, IGNORED_LABEL, world.device)
+    images = torch.zeros((), dtype=torch.int64, device=world.device)
+    for batch in segmentation_eval_loader(
+        beton,
+        workers=world.cpus,
+        scale=settings.scale,
+        size_divisor=size_divisor,
+        ratios=ratios,
+        rank=world.rank,
+        world_size=world.size,
+    ):
+        labels = batch.labels.to(world.device)
+        scores = torch.zeros((), device=world.device)
+        for image in batch.images:
+            pixels = normalise(image.to(world.device))
+            for mirrored in (False, True) if flip else (False,):
+                with ranks.autocast(world.device, settings.precision):
+                    logits = model(pixels.flip(3) if mirrored else pixels)
+                # mmseg averages probabilities at the label's size.
+                share = resize_logits(logits, labels.shape[-2:]).softmax(1)
+                scores = scores + (share.flip(3) if mirrored else share)
+        matrix.update(scores.argmax(1), labels)
+        images += len(labels)
+    if world.size > 1:
+        torch.distributed.all_reduce(images)
+    expected = int(open_beton(beton, fields=("image", "mask")).num_samples)
+    if images.item() != expected:
+        raise AssertionError(f"{images.item()} images counted, {expected} in {beton}")
+    return {**matrix.compute(), "images": images.item()}

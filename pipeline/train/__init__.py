@@ -1,0 +1,1 @@
+"""The training engine: knows steps, ranks and files, but no task."""

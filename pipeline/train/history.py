@@ -1,0 +1,56 @@
+"""The record of a run as JSON lines: one a logging interval, appended by rank 0, cut back when a run resumes."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from pipeline import paths
+
+# What a rerun on the same layout repeats exactly; the other fields are the clock's.
+CURVE_COLUMNS = ["step", "epoch", "loss", "learning_rate"]
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add one line, flushed, so that whoever watches the run sees it."""
+    with path.open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a last line that a killed writer left unfinished is ignored."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop what was logged after `step`: the run goes on from there and will log it again."""
+    kept = [record for record in read(path) if record["step"] <= step]
+    with paths.written_atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_curve(history: Path, curve: Path) -> None:
+    """Write the repeatable columns of a history as CSV."""
+    import pandas as pd
+
+    with paths.written_atomically(curve) as temporary:
+        pd.DataFrame(read(history), columns=CURVE_COLUMNS).to_csv(temporary, index=False)
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """One record for a person."""
+    line = (
+        f"step {record['step']}/{record['total_steps']}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  "
+        f"{record['images_per_s']:.1f} images/s  {timedelta(seconds=round(record['seconds_left']))} left"
+    )
+    if record["data_wait"] > 0.05:
+        line += f"  (waiting for data {record['data_wait']:.0%} of the time)"
+    return line

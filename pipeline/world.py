@@ -1,0 +1,75 @@
+"""The ranks of a job: who am I, on which device, how do we talk."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of its job."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    cpus: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.rank == 0
+
+
+@contextmanager
+def join(rank: int, size: int, local_rank: int, cpus: int) -> Iterator[World]:
+    """Set up device, threads and, with more than one rank, the process group; tear it down at the end.
+
+    MASTER_ADDR and MASTER_PORT must be in the environment where `size` > 1. NCCL on GPUs, gloo on CPUs.
+    """
+    torch.set_num_threads(max(1, cpus))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    try:
+        yield World(rank, size, local_rank, device, cpus)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def alone() -> World:
+    """The world of a single process, for tests and benchmarks."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return World(0, 1, 0, device, os.cpu_count() or 1)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware (CPU: AVX512-BF16 or AMX; GPU: Ampere on)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> torch.autocast:
+    """The autocast context for a recipe's `precision`."""
+    enabled = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def precision_in_use(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> str:
+    """What `precision` came to on this device: 'bf16' or 'fp32'."""
+    return "bf16" if autocast(device, precision)._enabled else "fp32"

@@ -1,0 +1,116 @@
+"""Parameters: what a wrong one says, and that every experiment composes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from pipeline import cluster
+from pipeline.config import Params, check_variant, load_params, validate
+from pipeline.errors import UserError
+from pipeline.experiments import compose
+
+
+@pytest.fixture
+def demo() -> dict:
+    return yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize("scale", [path.stem for path in sorted((ROOT / "experiments/scale").glob("*.yaml"))])
+def test_every_scale_composes(scale: str, in_checkout: Path) -> None:
+    compose([f"scale={scale}"])
+    assert load_params(Path("params.yaml")).scale == scale
+
+
+def test_the_committed_parameters_are_the_demo(in_checkout: Path) -> None:
+    committed = Path("params.yaml").read_text()
+    compose(["scale=demo"])
+    assert Path("params.yaml").read_text() == committed
+
+
+def test_paper_learning_rates() -> None:
+    params = yaml.safe_load((ROOT / "experiments/base.yaml").read_text())
+    for batch, rate in ((1024, 1e-3), (4096, 4e-3)):
+        section = params["classification"]
+        section["recipe"]["global_batch_size"] = batch
+        recipe = {**section["recipe"], "drop_path_rate": 0.1}
+        from pipeline.config import ClassificationRecipe
+
+        assert validate(ClassificationRecipe, recipe, "x").learning_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("imagenet", "sorce"), "digits", "did you mean source?"),
+        (("classification", "recipe", "learning_rate_per_1024"), "5e-5", "5.0e-5, not 5e-5"),
+        (("classification", "recipe", "epoch"), 3, "did you mean epochs?"),
+        (("classification", "train"), ["poolformer_s13"], "poolformer_s13"),
+        (("classification", "recipe", "warmup_epochs"), 99, "must be below epochs"),
+        (("imagenet", "storage"), "orginal", "'original' or 'compact'"),
+        (("seeds",), [], "seeds"),
+        (("classification", "train"), [], "add it"),
+    ],
+)
+def test_a_wrong_parameter_is_one_clear_line(demo: dict, path: tuple[str, ...], value: object, says: str) -> None:
+    owner = demo
+    for key in path[:-1]:
+        owner = owner[key]
+    owner[path[-1]] = value
+    with pytest.raises(UserError) as caught:
+        validate(Params, demo, "params.yaml")
+    message = str(caught.value)
+    assert says in message
+    assert message.startswith("params.yaml") or "variants." in message
+    assert "\n" not in message
+
+
+def test_unknown_names_list_the_valid_ones() -> None:
+    with pytest.raises(UserError, match=r"did you mean poolformer_s24\?.*poolformer_m48"):
+        check_variant("poolformer_s21")
+
+
+def test_compose_refuses_unknown_keys_and_writes_nothing(in_checkout: Path) -> None:
+    before = Path("params.yaml").read_text()
+    for override, says in (
+        ("clasification.recipe.epochs=3", "did you mean classification?"),
+        ("classification.recipe.epoch=3", "epoch"),
+        ("scale=dmo", "demo"),
+    ):
+        with pytest.raises(UserError, match=says):
+            compose([override])
+    assert Path("params.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "most", "expected"),
+    [
+        (1024, 8, 128, (128, 128, 1)),
+        (4096, 8, 128, (512, 128, 4)),
+        (1024, 1, 100, (1024, 64, 16)),
+        (32, 8, 128, (4, 4, 1)),
+    ],
+)
+def test_split(batch: int, ranks: int, most: int, expected: tuple[int, int, int]) -> None:
+    split = cluster.split(batch, ranks, most)
+    assert (split.per_rank, split.micro_batch_size, split.accumulation) == expected
+
+
+def test_an_uneven_split_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot be spread evenly over 3 ranks"):
+        cluster.split(32, 3, 128)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_cluster_profile_is_valid(path: Path) -> None:
+    cluster.load_profile(path)
+
+
+def test_profile_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml is missing"):
+        cluster.load_profile(tmp_path / "nowhere.yaml")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("kind: slurm\npartion: main\ngpus_per_node: 8\ncpus_per_task: 8\n")
+    with pytest.raises(UserError, match=r"wrong\.yaml.*did you mean partition\?"):
+        cluster.load_profile(wrong)

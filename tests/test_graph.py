@@ -1,0 +1,211 @@
+"""The whole graph on the demo's images, shortened to two steps and one variant: what `dvc repro` promises."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from conftest import ROOT, Checkout
+
+SHORT = (
+    "scale=demo",
+    "classification.train=[poolformer_s12]",
+    "classification.recipe.max_steps=2",
+    "segmentation.recipe.max_steps=2",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout in which the shortened graph has run."""
+    checkout = Checkout(tmp_path_factory.mktemp("graph"))
+    checkout.pipeline("compose", *SHORT)
+    checkout.run("dvc", "repro")
+    return checkout
+
+
+def stale(checkout: Checkout) -> set[str]:
+    """Names of the stages that `dvc repro` would run first or because they changed themselves."""
+    return set(json.loads(checkout.run("dvc", "status", "--json").stdout or "{}"))
+
+
+def test_tables_have_the_contract_columns(finished: Checkout) -> None:
+    for name, macs in (("table2_imagenet", ["macs_g"]), ("table4_ade20k", [])):
+        table = pd.read_csv(finished.folder / f"reports/{name}.csv")
+        columns = ["model", "params_m", *macs, "paper", "released", "measured", "seeds", "difference", "verdict"]
+        assert set(columns) <= set(table.columns)
+        assert len(table) == 5
+        row = table.set_index("model").loc["poolformer_s12"]
+        assert 0 <= row["measured"] <= 100
+        assert row["seeds"] == 1
+        assert "not comparable" in row["verdict"]
+        assert "handwritten digits" in row["verdict"]
+        for suffix in ("md", "html", "tex"):
+            assert (finished.folder / f"reports/{name}.{suffix}").stat().st_size > 500
+    assert "<svg" in (finished.folder / "reports/index.html").read_text()
+
+
+def test_a_second_repro_runs_nothing(finished: Checkout) -> None:
+    output = finished.run("dvc", "repro").stdout
+    assert "Running stage" not in output
+    assert "up to date" in output
+
+
+def test_dvc_shows_metrics_and_plots(finished: Checkout) -> None:
+    metrics = finished.run("dvc", "metrics", "show").stdout
+    assert "top1" in metrics
+    assert "miou" in metrics
+    finished.run("dvc", "plots", "show")
+    assert "vega" in (finished.folder / "dvc_plots/index.html").read_text().lower()
+
+
+def test_one_target_runs_by_its_name(finished: Checkout) -> None:
+    output = finished.run("dvc", "repro", "train_classifier@poolformer_s12-0").stdout
+    assert "train_classifier@poolformer_s12-0' didn't change" in output
+
+
+def test_a_change_of_the_report_retrains_nothing(finished: Checkout) -> None:
+    file = finished.folder / "pipeline/report/tables.py"
+    before = file.read_text()
+    file.write_text(before + "\n# changed\n")
+    try:
+        assert stale(finished) == {"compare_with_paper"}
+    finally:
+        file.write_text(before)
+    assert stale(finished) == set()
+
+
+def test_a_change_of_one_recipe_makes_that_variant_stale(finished: Checkout) -> None:
+    before = (finished.folder / "params.yaml").read_text()
+    try:
+        finished.pipeline("compose", *SHORT, "classification.variants.poolformer_m48.drop_path_rate=0.2")
+        assert stale(finished) == {
+            "compare_with_paper"
+        }  # M48 is not trained here, but is part of what the report tells
+        finished.pipeline("compose", *SHORT, "classification.variants.poolformer_s12.drop_path_rate=0.2")
+        assert "train_classifier@poolformer_s12-0" in stale(finished)
+    finally:
+        (finished.folder / "params.yaml").write_text(before)
+
+
+def test_mlflow_has_a_run_with_curve_and_table(finished: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished.folder}/mlflow.db")
+    for title, metric in (("Table 2", "top1"), ("Table 4", "miou")):
+        (experiment,) = [e for e in client.search_experiments() if e.name.startswith(title)]
+        runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+        assert set(runs) == {"poolformer_s12-0", "table"}
+        training = runs["poolformer_s12-0"]
+        assert training.info.status == "FINISHED"
+        assert training.data.metrics[metric] >= 0
+        assert training.data.params["variant"] == "poolformer_s12"
+        assert len(client.get_metric_history(training.info.run_id, "loss")) == 1
+
+
+def test_the_same_seed_gives_the_same_tables(finished: Checkout, tmp_path: Path) -> None:
+    again = Checkout(tmp_path)
+    again.pipeline("compose", *SHORT)
+    again.run("dvc", "repro")
+    for name in ("table2_imagenet.csv", "table4_ade20k.csv"):
+        assert (again.folder / "reports" / name).read_bytes() == (finished.folder / "reports" / name).read_bytes()
+
+
+def test_killed_training_goes_on_from_its_checkpoint(finished: Checkout) -> None:
+    """kill -9 of the worker in the middle; the next repro resumes, and then runs nothing twice."""
+    longer = [*SHORT[:2], "classification.recipe.max_steps=60", "segmentation.recipe.max_steps=2"]
+    finished.pipeline("compose", *longer)
+    (finished.folder / "slurm/often.yaml").write_text("kind: local\ngpus_per_node: 0\ncheckpoint_interval_s: 0.001\n")
+    environment = {**finished.environment, "PIPELINE_CLUSTER": "slurm/often.yaml"}
+    target = "train_classifier@poolformer_s12-0"
+    folder = finished.folder / "runs/train_classifier/poolformer_s12-0"
+    repro = subprocess.Popen(
+        ["dvc", "repro", "-s", target], cwd=finished.folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    job = _kill_worker_after_checkpoint(folder)
+    repro.communicate(timeout=120)
+    assert repro.returncode != 0
+    assert not psutil.pid_exists(job) or psutil.Process(job).status() == psutil.STATUS_ZOMBIE
+
+    finished.run("dvc", "repro", "-s", target, PIPELINE_CLUSTER="slurm/often.yaml")
+    logs = "".join(path.read_text() for path in sorted((folder / "jobs").glob("*.out")))
+    assert "going on from step" in logs
+    steps = pd.read_csv(finished.folder / "results/train_classifier/poolformer_s12-0.csv")["step"].tolist()
+    assert steps == [20, 40, 60]
+    assert "Running stage" not in finished.run("dvc", "repro", "-s", target).stdout
+
+
+def _kill_worker_after_checkpoint(folder: Path) -> int:
+    """Wait for the first checkpoint, then kill -9 every process of the job; returns the controller's id."""
+    deadline = time.monotonic() + 180
+    while not list((folder / "checkpoints").glob("step-*.sha256")):
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+    job = int(json.loads((folder / "job.json").read_text())["job_id"])
+    for process in psutil.Process(job).children(recursive=True):
+        os.kill(process.pid, signal.SIGKILL)
+    return job
+
+
+@pytest.mark.parametrize("change", ["missing", "empty"])
+def test_missing_and_empty_data_are_one_clear_line(checkout: Checkout, change: str) -> None:
+    checkout.pipeline("compose", "scale=paper")
+    if change == "empty":
+        (checkout.folder / "data/imagenet/train").mkdir(parents=True)
+    done = checkout.pipeline("prepare_imagenet", check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: data/imagenet/train")
+
+
+def test_a_truncated_beton_is_refused_before_training(finished: Checkout, tmp_path: Path) -> None:
+    beton = finished.folder / "data/beton/imagenet/val.beton"
+    whole = beton.read_bytes()
+    beton.unlink()  # it may be a link into DVC's cache
+    beton.write_bytes(whole[:-10])
+    try:
+        weights = finished.folder / "models/classifier/poolformer_s12-0.pt"
+        weights.write_bytes(weights.read_bytes()) if not weights.is_symlink() else None
+        done = finished.pipeline("evaluate_classifier", "poolformer_s12", "0", check=False)
+    finally:
+        beton.write_bytes(whole)
+    assert done.returncode == 1
+    assert "cut short" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_quick_and_wrong_words_are_clear(checkout: Checkout) -> None:
+    done = checkout.run("python", "-X", "importtime", "-m", "pipeline", "--help")
+    assert "torch" not in done.stderr
+    assert "pydantic" not in done.stderr
+    wrong = checkout.pipeline("train_classifier", "poolformer_s13", "0", check=False)
+    assert wrong.returncode == 1
+    assert "did you mean" in wrong.stderr
+    wrong = checkout.pipeline("train_clasifier", "poolformer_s12", "0", check=False)
+    assert wrong.returncode == 2
+    assert "train_classifier" in wrong.stderr
+
+
+def test_doctor_finds_what_is_missing(checkout: Checkout) -> None:
+    done = checkout.pipeline("doctor")
+    assert "2.15" in done.stdout
+    checkout.pipeline("compose", "scale=released")
+    done = checkout.pipeline("doctor", check=False)
+    assert done.returncode == 1
+    assert "data/imagenet/train is missing" in " ".join(done.stdout.split())
+    assert "poolformer_m48.pth.tar" in done.stdout
+
+
+def test_apt_line_is_printed_when_not_root() -> None:
+    script = (ROOT / ".ci/apt-install").read_text().replace('"$(id -u)"', "1000")
+    done = subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "packages": "no-such-package"}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "apt-get install no-such-package" in done.stdout

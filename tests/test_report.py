@@ -1,0 +1,358 @@
+"""The report: the same numbers in every format, nothing compared that cannot be, the same bytes every time."""
+
+import hashlib
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from pipeline import paper
+from pipeline.config import VARIANT_NAMES
+from pipeline.report import print_tables, write_reports
+from pipeline.report.formats import NOTHING
+
+EMPTY = pd.DataFrame()
+REASON = "these images are handwritten digits, not ImageNet-1K and ADE20K"
+FORMATS = ("csv", "md", "html", "tex")
+
+
+def classifier_runs(seeds: dict[str, list[float]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "variant": variant,
+            "seed": seed,
+            "top1": top1,
+            "top5": 95.5,
+            "loss": 0.9,
+            "images": 50_000,
+            "parameters": paper.numbers("variants", paper.label(variant))["parameters"],
+            "macs_g": paper.numbers("variants", paper.label(variant))["macs"],
+            "train_images_per_s": 1000.0,
+        }
+        for variant, values in seeds.items()
+        for seed, top1 in enumerate(values)
+    )
+
+
+def segmenter_runs(seeds: dict[str, list[float]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "variant": variant,
+            "seed": seed,
+            "miou": miou - 0.4,
+            "miou_aligned": miou,
+            "miou_ms_flip": float("nan"),
+            "aacc": 79.0,
+            "images": 2_000,
+            "parameters": paper.numbers("variants", paper.label(variant))["segmenter_parameters"],
+            "train_memory_gb": 4.0,
+            "images_per_s": 20.0,
+        }
+        for variant, values in seeds.items()
+        for seed, miou in enumerate(values)
+    )
+
+
+def report(folder: Path, **changes: Any) -> Path:
+    arguments: dict[str, Any] = {
+        "classification": classifier_runs(
+            {
+                "poolformer_s12": [77.1, 77.2, 77.36],
+                "poolformer_s24": [79.0],
+                "poolformer_s36": [80.0, 80.1],
+                "poolformer_m36": [82.0],
+            }
+        ),
+        "segmentation": segmenter_runs({"poolformer_s12": [36.5, 36.9], "poolformer_s24": [40.1]}),
+        "released_classification": EMPTY,
+        "released_segmentation": EMPTY,
+        "comparable": True,
+        "reason": "",
+        "recipe_differences": {"poolformer_m36": ["classification.epochs", "segmentation.iterations"]},
+        "settings": {"Git commit": "0123abc", "Seeds": "0, 1, 2"},
+    }
+    write_reports(folder, **(arguments | changes))
+    return folder
+
+
+def released_files(task: str, missing: str) -> pd.DataFrame:
+    rows = []
+    for variant in VARIANT_NAMES:
+        row: dict[str, Any] = {"variant": variant, "file": paper.released_file(task, variant), "status": "missing"}
+        if variant != missing:
+            published = paper.numbers("released_imagenet", paper.label(variant))
+            mmseg = paper.numbers("mmseg_ade20k", paper.label(variant))
+            row |= {"status": "measured"}
+            row |= (
+                {"top1": published["top1"], "top5": published["top5"]}
+                if task == "classification"
+                else {"miou": mmseg["mmseg_miou"], "miou_aligned": mmseg["mmseg_miou_aligned"]}
+            )
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def csv(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / f"{name}.csv").set_index("model")
+
+
+class TableReader(HTMLParser):
+    """The cells of the table with one id, and every address that the page would load."""
+
+    def __init__(self, table: str) -> None:
+        super().__init__()
+        self.table, self.inside, self.cell = table, False, False
+        self.rows: list[list[str]] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.loads += [f"{tag} {values[key]}" for key in ("src", "href", "xlink:href", "data") if values.get(key)]
+        if tag == "table":
+            self.inside = values.get("id") == self.table
+        if tag == "tr" and self.inside:
+            self.rows.append([])
+        if tag in ("td", "th") and self.inside:
+            self.rows[-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = self.cell and tag not in ("td", "th")
+        self.inside = self.inside and tag != "table"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside and self.cell:
+            self.rows[-1][-1] += data
+
+
+def page(path: Path, table: str) -> TableReader:
+    reader = TableReader(table)
+    reader.feed(path.read_text())
+    return reader
+
+
+def cells(folder: Path, name: str, kind: str) -> dict[str, list[str]]:
+    """Each model's numbers as one format writes them, in the order of its columns."""
+    if kind == "html":
+        rows = page(folder / f"{name}.html", name).rows
+    elif kind == "md":
+        rows = [line.strip("|").split("|") for line in (folder / f"{name}.md").read_text().splitlines()]
+    else:
+        text = (folder / f"{name}.tex").read_text().replace(r"$\pm$", "±").replace("--", NOTHING)
+        rows = [line.removesuffix(r"\\").split("&") for line in text.splitlines()]
+    number = re.compile(r"[+±-]?\d+(?:\.\d+)?(?: ± \d+\.\d+)?|" + NOTHING)
+    return {
+        row[0].strip(): [cell.strip() for cell in row[1:] if number.fullmatch(cell.strip())]
+        for row in rows
+        if row[0].strip().startswith("PoolFormer-")
+    }
+
+
+def test_all_files_are_written_and_one_row_for_each_model(tmp_path: Path) -> None:
+    report(tmp_path)
+    names = {f"{name}.{kind}" for name in ("table2_imagenet", "table4_ade20k") for kind in FORMATS}
+    names |= {f"{name}.{kind}" for name in ("accuracy_macs", "miou_params") for kind in ("svg", "png")}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"index.html"}
+    contract = {"params_m", "paper", "released", "measured", "seeds", "difference", "verdict"}
+    for name in ("table2_imagenet", "table4_ade20k"):
+        table = csv(tmp_path, name)
+        assert list(table.index) == list(VARIANT_NAMES)
+        assert contract | ({"macs_g"} if name == "table2_imagenet" else set()) <= set(table.columns)
+
+
+def test_numbers_and_verdicts_of_table_2(tmp_path: Path) -> None:
+    table = csv(report(tmp_path), "table2_imagenet")
+    assert table["paper"].tolist() == [77.2, 80.3, 81.4, 82.1, 82.5]
+    assert table["seeds"].tolist() == [3, 1, 2, 1, 0]
+    s12 = table.loc["poolformer_s12"]
+    assert s12["measured"] == pytest.approx(77.22)
+    assert s12["sd"] == pytest.approx(0.131149, abs=1e-6)
+    assert s12["difference"] == pytest.approx(0.02)
+    assert s12["params_m"] == pytest.approx(11.915176)
+    assert table["verdict"].tolist() == [
+        "within",
+        "inconclusive: one seed",
+        "outside",
+        "within: not the paper's recipe: classification.epochs",
+        "missing",
+    ]
+
+
+def test_table_4_has_mmsegs_columns_and_both_resizes(tmp_path: Path) -> None:
+    table = csv(report(tmp_path), "table4_ade20k")
+    s12 = table.loc["poolformer_s12"]
+    assert s12["measured"] == pytest.approx(36.7)
+    assert s12["measured_miou"] == pytest.approx(36.3)
+    assert (s12["mmseg_miou"], s12["mmseg_miou_aligned"]) == (36.68, 37.07)
+    assert table["measured_miou_ms_flip"].isna().all()
+    assert table.loc["poolformer_s24", "params_m"] == pytest.approx(25.143638)
+    assert "23.2 M" in (tmp_path / "table4_ade20k.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["table2_imagenet", "table4_ade20k"])
+def test_every_format_has_the_same_numbers(tmp_path: Path, name: str) -> None:
+    report(tmp_path, released_classification=released_files("classification", "poolformer_m48"))
+    read = {kind: cells(tmp_path, name, kind) for kind in ("md", "html", "tex")}
+    assert read["md"] == read["html"] == read["tex"]
+    for variant, row in csv(tmp_path, name).iterrows():
+        written = read["md"][paper.label(str(variant))]
+        measured = f"{row['measured']:.2f}" + (f" ± {row['sd']:.2f}" if pd.notna(row["sd"]) else "")
+        assert (measured if row["seeds"] else NOTHING) in written
+        assert f"{row['paper']:.1f}" in written
+        if pd.notna(row["difference"]):
+            assert f"{row['difference']:+.2f}" in written
+    index = page(tmp_path / "index.html", name).rows
+    assert index == page(tmp_path / f"{name}.html", name).rows
+
+
+def test_the_demo_is_never_compared(tmp_path: Path) -> None:
+    report(tmp_path, comparable=False, reason=REASON)
+    for name in ("table2_imagenet", "table4_ade20k"):
+        table = csv(tmp_path, name)
+        trained = table[table["seeds"] > 0]
+        assert (trained["verdict"] == f"not comparable: {REASON}").all()
+        assert table["difference"].isna().all()
+        assert table["tolerance"].isna().all()
+        for kind in ("md", "html", "tex"):
+            assert REASON in (tmp_path / f"{name}.{kind}").read_text()
+    index = (tmp_path / "index.html").read_text()
+    assert "cannot be compared" in index
+    assert "≠ not comparable" in " ".join(
+        " ".join(row) for row in page(tmp_path / "index.html", "table2_imagenet").rows
+    )
+    assert "not comparable" in (tmp_path / "accuracy_macs.svg").read_text()
+
+
+def test_released_weights_fill_their_column_and_a_missing_file_is_named(tmp_path: Path) -> None:
+    report(
+        tmp_path,
+        classification=EMPTY,
+        segmentation=EMPTY,
+        recipe_differences={},
+        released_classification=released_files("classification", "poolformer_m48"),
+        released_segmentation=released_files("segmentation", "poolformer_s12"),
+    )
+    table2, table4 = csv(tmp_path, "table2_imagenet"), csv(tmp_path, "table4_ade20k")
+    assert table2["released"].tolist()[:4] == [77.238, 80.294, 81.428, 82.104]
+    assert table2["verdict"].tolist() == ["within: released weights"] * 4 + ["missing: poolformer_m48.pth.tar"]
+    assert table2["measured"].isna().all()
+    assert table4.loc["poolformer_s24", "released_published"] == 40.36, "mmseg's file is held against mmseg's number"
+    assert table4["verdict"].str.startswith("missing: fpn_poolformer_s12_8x4").tolist() == [True] + [False] * 4
+
+
+def test_the_authors_checkpoint_is_held_against_its_own_measurement(tmp_path: Path) -> None:
+    file = pd.DataFrame(
+        [
+            {
+                "variant": "poolformer_s12",
+                "file": "iter_40000.pth",
+                "status": "measured",
+                "miou": 36.9,
+                "miou_aligned": 37.4,
+            }
+        ]
+    )
+    report(tmp_path, segmentation=EMPTY, released_segmentation=file)
+    row = csv(tmp_path, "table4_ade20k").loc["poolformer_s12"]
+    assert row["released_published"] == 37.15
+    assert row["released_difference"] == pytest.approx(0.25)
+    assert row["verdict"] == "outside: released weights"
+    assert "iter_40000.pth: mIoU 37.400 against 37.150 published" in (tmp_path / "table4_ade20k.md").read_text()
+
+
+def test_a_seed_that_is_not_finite_breaks_nothing_and_is_not_hidden(tmp_path: Path) -> None:
+    report(tmp_path, classification=classifier_runs({"poolformer_s12": [77.2, float("nan")]}))
+    row = csv(tmp_path, "table2_imagenet").loc["poolformer_s12"]
+    assert row["verdict"] == "inconclusive: 1 of 2 seeds not finite"
+    assert pd.isna(row["measured"])
+
+
+def test_nothing_at_all_still_makes_a_report(tmp_path: Path) -> None:
+    report(tmp_path, classification=EMPTY, segmentation=EMPTY, recipe_differences={})
+    assert csv(tmp_path, "table2_imagenet")["verdict"].tolist() == ["missing"] * 5
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    report(tmp_path, curves=curves())
+    for path in tmp_path.glob("*.html"):
+        reader = page(path, "table2_imagenet")
+        assert all(load.split()[1].startswith("#") for load in reader.loads), reader.loads
+        text = path.read_text()
+        assert "<script" not in text
+        assert "@import" not in text
+        assert not re.findall(r"url\((?!#)", text)
+        ids = re.findall(r'\bid="([^"]+)"', text)
+        assert len(ids) == len(set(ids))
+    index = (tmp_path / "index.html").read_text()
+    for word in ("0123abc", "Training curves", "RSB-ResNet-152", "Every seed", "RandAugment"):
+        assert word in index
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    report(tmp_path, comparable=False, reason="a < b & <script>alert(1)</script>", settings={"<b>": "<i>&"})
+    assert "<script" not in (tmp_path / "index.html").read_text()
+    assert r"a < b \&" in (tmp_path / "table2_imagenet.tex").read_text()
+
+
+def curves() -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            (variant, seed, "classification", epoch, metric, float(epoch + seed))
+            for variant in VARIANT_NAMES[:2]
+            for seed in (0, 1)
+            for metric in ("loss", "top1")
+            for epoch in range(5)
+        ],
+        columns=["variant", "seed", "task", "epoch_or_step", "metric", "value"],
+    )
+
+
+def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
+    digests = [
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in report(folder, curves=curves()).iterdir()}
+        for folder in (tmp_path / "a", tmp_path / "b")
+    ]
+    assert digests[0] == digests[1]
+    assert {"curves.svg", "curves.png"} <= set(digests[0])
+
+
+def test_figures_show_the_paper_and_what_was_measured(tmp_path: Path) -> None:
+    report(tmp_path, released_classification=released_files("classification", "poolformer_m48"))
+    svg = (tmp_path / "accuracy_macs.svg").read_text()
+    for text in ("RSB-ResNet", "PoolFormer, paper", "trained here", "released weights, measured here", "MACs, G"):
+        assert f">{text}</text>" in svg
+    assert (tmp_path / "accuracy_macs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_fit_a_terminal(tmp_path: Path) -> None:
+    report(tmp_path)
+    stream = io.StringIO()
+    print_tables(tmp_path, Console(file=stream, width=80))
+    text = stream.getvalue()
+    for word in ("PoolFormer-S12", "77.22 ± 0.13", "inconclusive", "Table 4", "not the paper's recipe", "one seed"):
+        assert word in text
+    assert "…" not in text
+
+
+def test_latex_is_balanced(tmp_path: Path) -> None:
+    for path in report(tmp_path).glob("*.tex"):
+        text = path.read_text()
+        assert text.count("{") == text.count("}")
+        for environment in ("table*", "tabular"):
+            assert text.count(f"\\begin{{{environment}}}") == text.count(f"\\end{{{environment}}}") == 1
+        rows = re.findall(r"^(?:Model|PoolFormer-).*\\\\$", text, flags=re.MULTILINE)
+        assert len(rows) == 6
+        assert len({row.count("&") for row in rows}) == 1
+        assert not re.search(r"(?<!\\)[%#_](?!.*usepackage)", "\n".join(rows))
+        assert text.isascii()
+
+
+def test_five_hundred_runs_are_quickly_reported(tmp_path: Path) -> None:
+    runs = classifier_runs({variant: [80.0 + seed / 1000 for seed in range(100)] for variant in VARIANT_NAMES})
+    report(tmp_path, classification=runs)
+    assert csv(tmp_path, "table2_imagenet")["seeds"].tolist() == [100] * 5

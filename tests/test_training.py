@@ -1,0 +1,205 @@
+"""The engine: schedules against timm's, accumulation, resume to the bit, damaged checkpoints, counted draws."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.layers import DropPath
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import Tensor, nn
+
+from pipeline import world as ranks
+from pipeline.errors import UserError
+from pipeline.tasks.device_batch import erase, mix, normalise
+from pipeline.train import checkpoint, history
+from pipeline.train.counted_noise import CountedNoise
+from pipeline.train.loop import Step, train
+from pipeline.train.schedule import cosine_by_epoch, polynomial
+
+WORLD = ranks.World(0, 1, 0, torch.device("cpu"), 1)
+
+
+@pytest.mark.parametrize(("batch", "cooldown"), [(1024, 0), (1024, 10), (4096, 10)])
+def test_cosine_is_timms_at_every_epoch(batch: int, cooldown: int) -> None:
+    peak = batch / 1024 * 1e-3
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=peak)
+    timm_schedule = CosineLRScheduler(optimizer, t_initial=300, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-6)
+    for epoch in range(300 + cooldown):
+        timm_schedule.step(epoch)
+        ours = cosine_by_epoch(epoch, peak=peak, minimum=1e-5, warmup_start=1e-6, warmup_epochs=5, epochs=300)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_polynomial_by_hand() -> None:
+    assert polynomial(0, peak=2e-4, power=0.9, steps=40_000) == 2e-4
+    assert polynomial(20_000, peak=2e-4, power=0.9, steps=40_000) == pytest.approx(2e-4 * 0.5**0.9)
+    assert polynomial(40_000, peak=2e-4, power=0.9, steps=40_000) == 0
+
+
+class ToyTask:
+    """Eight classes of noise; drop path and dropout make each step depend on its masks."""
+
+    precision = "fp32"
+    total_steps = 45
+    steps_per_epoch = 10
+    global_batch_size = 8
+
+    def __init__(self, spoil_step: int = -1) -> None:
+        torch.manual_seed(0)
+        self.spoil_step = spoil_step
+        self.model: nn.Module = nn.Sequential(
+            nn.Conv2d(3, 8, 3), DropPath(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8)
+        )
+
+    def learning_rate(self, step: int) -> float:
+        return polynomial(step, peak=1e-2, power=0.9, steps=self.total_steps)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), fused=True)
+
+    def steps(self, first_step: int) -> Iterator[Step]:
+        for step in range(first_step, self.total_steps):
+            generator = torch.Generator().manual_seed(step)
+            images = torch.randn(self.global_batch_size, 3, 8, 8, generator=generator)
+            if step == self.spoil_step:
+                images[3] = math.nan
+            labels = torch.randint(0, 8, (self.global_batch_size,), generator=generator)
+            yield Step((images, labels), torch.arange(self.global_batch_size) + 100 * step)
+
+    def prepare(self, batch: Step, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        return batch.tensors
+
+    def loss(self, model: nn.Module, *micro_batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(micro_batch[0]), micro_batch[1])
+
+
+def run(task: ToyTask, folder: Path, micro: int = 8, stop_after: int | None = None) -> dict[str, Tensor]:
+    folder.mkdir(exist_ok=True)
+    calls = iter(range(10**9))
+    train(
+        task,
+        WORLD,
+        folder,
+        seed=1,
+        micro_batch_size=micro,
+        checkpoint_interval_s=1e-9,
+        should_stop=lambda: stop_after is not None and next(calls) + 1 >= stop_after,
+    )
+    return task.model.state_dict()
+
+
+def test_resume_is_exact_at_any_step(tmp_path: Path) -> None:
+    whole = run(ToyTask(), tmp_path / "whole")
+    for stop in (1, 7, 20, 33):
+        folder = tmp_path / f"stopped-{stop}"
+        run(ToyTask(), folder, stop_after=stop)
+        resumed = run(ToyTask(), folder)
+        for key, value in whole.items():
+            assert torch.equal(value, resumed[key]), (stop, key)
+        assert history.read(folder / "history.jsonl")[-1]["step"] == 45
+
+
+def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
+    whole, parts = run(ToyTask(), tmp_path / "a"), run(ToyTask(), tmp_path / "b", micro=2)
+    for key, value in whole.items():
+        torch.testing.assert_close(value, parts[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_damaged_checkpoint_costs_one_interval(tmp_path: Path) -> None:
+    whole = run(ToyTask(), tmp_path / "whole")
+    folder = tmp_path / "damaged"
+    run(ToyTask(), folder, stop_after=41)
+    newest = folder / "checkpoints/step-41.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    state = checkpoint.load_newest(folder / "checkpoints")
+    assert state is not None
+    assert state["step"] == 40
+    for key, value in run(ToyTask(), folder).items():
+        assert torch.equal(whole[key], value)
+
+
+def test_history_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    run(ToyTask(), tmp_path / "r", stop_after=33)
+    run(ToyTask(), tmp_path / "r")
+    steps = [record["step"] for record in history.read(tmp_path / "r/history.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_nan_stops_the_run_and_names_step_rate_and_samples(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 25 \(learning rate 0\.00\d+, sample ids \[2500, 2501"):
+        run(ToyTask(spoil_step=25), tmp_path / "nan")
+    state = checkpoint.load_newest(tmp_path / "nan/checkpoints")
+    assert state is not None
+    assert state["step"] == 20
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, 1, {"model": {}})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 2, {"model": {}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1.pt", "step-1.sha256"]
+
+
+def test_counted_masks_do_not_depend_on_ranks() -> None:
+    def masks(first_row: int, rows: int, step: int = 3) -> Tensor:
+        model = nn.Sequential(DropPath(0.5), DropPath(0.2))
+        noise = CountedNoise(model, seed=7, global_batch_size=64)
+        noise.draw(step, first_row, rows, torch.device("cpu"))
+        noise.select(0, rows)
+        return torch.stack([layer.mask.flatten() for layer in noise.layers])
+
+    whole = masks(0, 64)
+    assert torch.equal(whole, torch.cat([masks(0, 16), masks(16, 48)], dim=1))
+    assert not torch.equal(whole, masks(0, 64, step=4))
+    assert set(whole[0].tolist()) == {0.0, 2.0}
+    assert whole[1].max() == pytest.approx(1.25)
+
+
+def test_drop_path_rate_is_what_it_says() -> None:
+    model = nn.Sequential(DropPath(0.3))
+    noise = CountedNoise(model, seed=0, global_batch_size=20_000)
+    noise.draw(0, 0, 20_000, torch.device("cpu"))
+    assert (noise.drawn[0] == 0).float().mean() == pytest.approx(0.3, abs=0.02)
+    model.eval()
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model(x), x)
+
+
+def test_mixing_is_by_group_and_counted() -> None:
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(16) % 10
+    mixup = Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=10)
+    pixels, targets = mix(images, labels, mixup, 4, seed=1, step=5, first_group=0)
+    second, second_targets = mix(images[8:], labels[8:], mixup, 4, seed=1, step=5, first_group=2)
+    assert torch.equal(pixels[8:], second)
+    assert torch.equal(targets[8:], second_targets)
+    torch.testing.assert_close(targets.sum(1), torch.ones(16))
+    assert torch.equal(pixels, pixels.round())
+    assert not torch.equal(pixels, images.float())
+
+
+def test_erasing_is_counted_by_sample() -> None:
+    images = normalise(torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8))
+    ids = torch.arange(32)
+    erasing = RandomErasing(0.25, mode="pixel", device="cpu")
+    whole = erase(images.clone(), ids, erasing, seed=3, epoch=2)
+    part = erase(images[10:].clone(), ids[10:], erasing, seed=3, epoch=2)
+    assert torch.equal(whole[10:], part)
+    changed = (whole != images).flatten(1).any(1).float().mean()
+    assert 0.05 < changed < 0.5
+
+
+def test_normalise_by_hand() -> None:
+    pixels = normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    expected = [(1 - mean) / deviation for mean, deviation in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    assert pixels[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-6)
