@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3.11
 VENV := .venv
+PORT ?= 5000
 STAMP := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -37,8 +38,8 @@ test: setup apt-slurm  ## every check and every test
 bench: setup  ## data path against timm's loader and stock FFCV, on this machine
 	@python -m benchmarks
 
-dashboard: setup  ## MLflow's interface on http://127.0.0.1:5000
-	@mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+dashboard: setup  ## MLflow's interface on http://127.0.0.1:5000 (PORT=)
+	@mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
 
 apt-build:
 	@packages="$(APT_BUILD)" ./.ci/apt-install

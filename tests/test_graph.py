@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -209,3 +212,56 @@ def test_apt_line_is_printed_when_not_root() -> None:
     )
     assert done.returncode == 1
     assert "apt-get install no-such-package" in done.stdout
+
+
+def test_dvc_exp_run_composes_the_same_parameters(checkout: Checkout) -> None:
+    config = checkout.folder / ".dvc/config"
+    config.write_text(config.read_text().replace("    no_scm = True\n", ""))
+    (checkout.folder / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    for command in (
+        ("git", "init", "-q"),
+        ("git", "add", "-A"),
+        ("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "start"),
+    ):
+        checkout.run(*command)
+    override = "classification.recipe.epochs=8"
+    checkout.run("dvc", "exp", "run", "-S", "scale=demo", "-S", override, "prepare_imagenet")
+    by_dvc = (checkout.folder / "params.yaml").read_text()
+    checkout.pipeline("compose", "scale=demo", override)
+    assert (checkout.folder / "params.yaml").read_text() == by_dvc
+    assert "epochs: 8" in by_dvc
+
+
+def test_make_dashboard_serves_mlflow_on_loopback(finished: Checkout) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shutil.copy(ROOT / "Makefile", finished.folder)
+    server = subprocess.Popen(
+        ["make", "--old-file=setup", "dashboard", f"PORT={port}"],
+        cwd=finished.folder,
+        env=finished.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                    assert answer.status == 200
+                    break
+            except OSError:
+                assert server.poll() is None, "the server ended"
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+def test_show_prints_both_tables(finished: Checkout) -> None:
+    shown = finished.pipeline("show").stdout
+    assert "PoolFormer-S12" in shown
+    assert "mIoU" in shown

@@ -4,8 +4,11 @@ Reads   data/listings/ade20k, ade20k.root
 Writes  data/beton/ade20k/{training,validation}.beton and their manifests
 """
 
+from pathlib import Path
+
 from pipeline import cluster, paths
 from pipeline.config import Params
+from pipeline.errors import UserError
 from pipeline.stages import _code
 
 CODE = _code.CONVERSION
@@ -15,6 +18,8 @@ def run(params: Params) -> None:
     from pipeline.data.convert import convert_segmentation_folder
 
     data = params.ade20k
+    if not Path(data.root).is_dir():
+        raise UserError(f"{data.root} is gone since it was listed: run `dvc repro -f -s prepare_ade20k`")
     for split in ("training", "validation"):
         convert_segmentation_folder(
             data.root,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline import cluster, paths
 from pipeline.config import Params
+from pipeline.errors import UserError
 from pipeline.stages import _code
 
 CODE = _code.CONVERSION
@@ -18,6 +19,8 @@ def run(params: Params) -> None:
     from pipeline.data.folders import class_names
 
     data = params.imagenet
+    if not Path(data.root).is_dir():
+        raise UserError(f"{data.root} is gone since it was listed: run `dvc repro -f -s prepare_imagenet`")
     for split in ("train", "val"):
         convert_image_folder(
             Path(data.root) / split,

@@ -136,6 +136,11 @@ def _replicate(model: nn.Module, world: ranks.World) -> nn.Module:
         return model
     if world.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise UserError(
+            f"{world.size} ranks on CPUs would each normalise their own part of the batch (SyncBatchNorm needs GPUs): "
+            "use a cluster profile with one rank for this model"
+        )
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 

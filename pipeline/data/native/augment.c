@@ -102,8 +102,8 @@ static ALWAYS_INLINE int luma(const uint8_t *pixel) {
 }
 
 FOR_EACH_CPU
-static void color(uint8_t *restrict image, int pixels, float factor) {
-    for (int i = 0; i < pixels; i++) {
+static void color(uint8_t *restrict image, ptrdiff_t pixels, float factor) {
+    for (ptrdiff_t i = 0; i < pixels; i++) {
         int grey = luma(image + 3 * i);
         for (int c = 0; c < 3; c++) image[3 * i + c] = blend(grey, image[3 * i + c], factor);
     }
@@ -116,9 +116,9 @@ static void blend_with_level(uint8_t *image, int bytes, int level, float factor)
 }
 
 FOR_EACH_CPU
-static int mean_luma(const uint8_t *image, int pixels) {
+static int mean_luma(const uint8_t *image, ptrdiff_t pixels) {
     int64_t sum = 0;
-    for (int i = 0; i < pixels; i++) sum += luma(image + 3 * i);
+    for (ptrdiff_t i = 0; i < pixels; i++) sum += luma(image + 3 * i);
     return (int)((double)sum / pixels + 0.5);
 }
 
@@ -128,12 +128,12 @@ FOR_EACH_CPU
 static void sharpen(
     const uint8_t *restrict in, uint8_t *restrict out, int width, int height, float factor
 ) {
-    int row = width * 3;
+    ptrdiff_t row = (ptrdiff_t)width * 3;
     for (int y = 1; y < height - 1; y++) {
-        const uint8_t *above = in + (ptrdiff_t)(y - 1) * row, *here = above + row;
+        const uint8_t *above = in + (y - 1) * row, *here = above + row;
         const uint8_t *below = here + row;
-        uint8_t *to = out + (ptrdiff_t)y * row;
-        for (int i = 3; i < row - 3; i++) {
+        uint8_t *to = out + y * row;
+        for (ptrdiff_t i = 3; i < row - 3; i++) {
             uint16_t sum = above[i - 3] + above[i] + above[i + 3] + here[i - 3] + 5 * here[i] +
                            here[i + 3] + below[i - 3] + below[i] + below[i + 3];
             uint16_t smooth = (uint16_t)(2 * sum + 13) / 26;
@@ -276,6 +276,13 @@ static ALWAYS_INLINE void interpolate_pixels(const AffineRow *row, int taps) {
     for (int x = 0; x < width; x++) pixels[x] = (pixels[x] & inside[x]) | (FILL & ~inside[x]);
 }
 
+static ALWAYS_INLINE void gather(
+    const uint32_t *restrict from, const int32_t *restrict position, int width,
+    uint32_t *restrict to
+) {
+    for (int x = 0; x < width; x++) to[x] = from[position[x]];
+}
+
 /* The calls have constants for the compiler to leave out what one or two taps don't need. */
 FOR_EACH_CPU
 static void make_row(const AffineRow *row, const uint32_t *copy) {
@@ -286,8 +293,7 @@ static void make_row(const AffineRow *row, const uint32_t *copy) {
             const uint32_t *from = copy + (row->taps_y == 4 ? j - 1 : j) * row->stride;
             from += row->taps_x == 4 ? i - 1 : i;
             taps[i] = run ? from + start : row->gathered[i];
-            for (int x = 0; x < row->width && !run; x++)
-                row->gathered[i][x] = from[row->position[x]];
+            if (!run) gather(from, row->position, row->width, row->gathered[i]);
         }
         if (row->taps_x == 1) interpolate_line(row, taps, 1, row->lines[j]);
         if (row->taps_x == 2) interpolate_line(row, taps, 2, row->lines[j]);
@@ -298,18 +304,24 @@ static void make_row(const AffineRow *row, const uint32_t *copy) {
     if (row->taps_y == 4) interpolate_pixels(row, 4);
 }
 
-/* RGB to RGBX with a margin. */
+/* RGB to RGBX with a margin. A pixel and a byte of the next one are read at once, where there is a
+   next one. */
 static void pad(const uint8_t *image, int width, int height, uint32_t *padded) {
-    for (int y = -MARGIN_PX; y < height + MARGIN_PX; y++) {
+    for (int y = -MARGIN_PX; y < height + MARGIN_PX; y++, padded += width + 2 * MARGIN_PX) {
         const uint8_t *row = image + (ptrdiff_t)(y < 0 ? 0 : y < height ? y : height - 1) * width * 3;
         uint32_t *to = padded + MARGIN_PX;
-        for (int x = 0; x < width; x++, row += 3) to[x] = row[0] | row[1] << 8 | row[2] << 16;
+        for (int x = 0; x < width - 1; x++, row += 3) memcpy(&to[x], row, 4);
+        to[width - 1] = row[0] | row[1] << 8 | row[2] << 16;
         for (int x = 1; x <= MARGIN_PX; x++) {
             to[-x] = to[0];
             to[width - 1 + x] = to[width - 1];
         }
-        padded += width + 2 * MARGIN_PX;
     }
+}
+
+static void unpad(const uint32_t *pixels, int width, uint8_t *row) {
+    for (int x = 0; x < width - 1; x++, row += 3) memcpy(row, &pixels[x], 4);
+    memcpy(row, &pixels[width - 1], 3);
 }
 
 static int affine(uint8_t *image, int width, int height, const Op *op, Buffer *scratch) {
@@ -339,11 +351,7 @@ static int affine(uint8_t *image, int width, int height, const Op *op, Buffer *s
     for (int y = 0; y < height; y++) {
         locate(&row, m, y);
         make_row(&row, copy);
-        for (int x = 0; x < width; x++, image += 3) {
-            image[0] = row.pixels[x];
-            image[1] = row.pixels[x] >> 8;
-            image[2] = row.pixels[x] >> 16;
-        }
+        unpad(row.pixels, width, image + (ptrdiff_t)y * width * 3);
     }
     return 0;
 }

@@ -9,9 +9,9 @@
 #include <jerror.h>
 #include <jpegint.h>
 
-/* Fancy upsampling looks at the neighbouring chroma sample, which jpeg_crop_scanline does not
-   provide at the edges of the columns asked for: one more iMCU of 16 px on both sides does. */
-#define CROP_MARGIN_PX 16
+/* Fancy upsampling looks at the next chroma sample on either side, but at the edges of the columns
+   that jpeg_crop_scanline was asked for it takes them for the edges of the image. */
+#define CROP_MARGIN_PX 2
 #define ROWS_PER_CALL 16
 
 struct Decoder {
