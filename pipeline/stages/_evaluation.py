@@ -19,4 +19,6 @@ def evaluate(kind: str, work: Work, recipe: dict[str, Any], outputs: dict[str, P
 
     run_job(work, outputs, import_meanwhile)
     metrics = json.loads(outputs["metrics.json"].read_text())
+    if "loss" in metrics:
+        metrics["val_loss"] = metrics.pop("loss")  # beside the training's curve of that name
     RunMirror(kind, work.name, paths.run(f"train_{kind}", work.name), recipe).finish(metrics)
