@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -41,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(folder: Path | None, num_images: int, repeats: int) -> pd.DataFrame:
-    from benchmarks.data_path import measure  # takes seconds to import: not for --help
     from benchmarks.photos import copy_images, write_photos
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,6 +50,10 @@ def _measure(folder: Path | None, num_images: int, repeats: int) -> pd.DataFrame
             copy_images(folder, images, num_images)
         else:
             write_photos(images, num_images)
+        # What runs on the device is not measured; and processes that fork may not have begun to use it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from benchmarks.data_path import measure  # takes ten seconds to import: not for --help, nor before an error
+
         return pd.DataFrame(measure(images, Path(scratch), repeats))
 
 

@@ -109,7 +109,8 @@ def measure(folder: Path, scratch: Path, repeats: int) -> list[Row]:
 def _measure_in_turns(measurements: list[Measurement], num_images: int, repeats: int) -> list[Row]:
     passes: dict[str, list[Pass]] = {measurement.name: [] for measurement in measurements}
     with ExitStack() as stack:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # the imports take ten seconds: once, not for each process
         processes = [stack.enter_context(ProcessPoolExecutor(1, context, _use_one_core)) for _ in measurements]
         libraries_mb = [process.submit(_memory_mb, "VmRSS").result() for process in processes]
         for round_number in range(repeats + 1):

@@ -37,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     compose.add_argument("overrides", nargs="*", help="Hydra overrides, as scale=paper or seeds=[0,1,2]")
     doctor = commands.add_parser("doctor", help="what is there, what is missing, what to do")
     doctor.add_argument("--verify", action="store_true", help="check each sample of each .beton against its manifest")
+    cancel = commands.add_parser("cancel", help="end the job of one run; its checkpoints stay")
+    cancel.add_argument("stage", choices=[stage for stage, arguments in STAGES.items() if "seed" in arguments])
+    cancel.add_argument("name", help="as poolformer_s12-0")
     commands.add_parser("show", help="print the tables of reports/")
     return parser
 
@@ -70,6 +73,11 @@ def _run(options: argparse.Namespace) -> int:
         from pipeline.doctor import examine
 
         return examine(verify=options.verify)
+    if options.command == "cancel":
+        from pipeline.launch.jobs import cancel
+
+        print(f"ended job {cancel(options.stage, options.name)}; `dvc repro` goes on from its last checkpoint")
+        return 0
     if options.command == "show":
         from rich.console import Console
 

@@ -32,6 +32,7 @@ class Checkout:
             for key, value in os.environ.items()
             if not key.startswith(("SLURM_", "PIPELINE_", "MLFLOW_TRACKING"))
         }
+        self.environment["PYTHONUNBUFFERED"] = "1"
         self.environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
 
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -141,6 +142,37 @@ def test_killed_training_goes_on_from_its_checkpoint(finished: Checkout) -> None
     steps = pd.read_csv(finished.folder / "results/train_classifier/poolformer_s12-0.csv")["step"].tolist()
     assert steps == [20, 40, 60]
     assert "Running stage" not in finished.run("dvc", "repro", "-s", target).stdout
+
+
+def test_a_job_outlives_its_repro_and_is_attached_to_or_cancelled(finished: Checkout) -> None:
+    longer = [*SHORT[:2], "classification.recipe.max_steps=200", "segmentation.recipe.max_steps=2"]
+    finished.pipeline("compose", *longer)
+    folder = finished.folder / "runs/train_classifier/poolformer_s12-0"
+    command = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12", "0"]
+    stage = subprocess.Popen(command, cwd=finished.folder, env=finished.environment, stdout=subprocess.DEVNULL)
+    mark = None
+    deadline = time.monotonic() + 60
+    while mark is None:
+        assert time.monotonic() < deadline
+        work = folder / "work.json"
+        if (folder / "job.json").exists() and work.exists() and '"max_steps": 200' in work.read_text():
+            mark = json.loads((folder / "job.json").read_text())["job_id"]
+        time.sleep(0.05)
+    stage.kill()
+    stage.wait()
+    assert psutil.pid_exists(int(mark))
+
+    second = subprocess.Popen(
+        command, cwd=finished.folder, env=finished.environment, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert second.stdout is not None
+    assert f"attached to local job {mark}" in second.stdout.readline()
+    assert json.loads((folder / "job.json").read_text())["job_id"] == mark  # attached, not submitted again
+    assert "ended job" in finished.pipeline("cancel", "train_classifier", "poolformer_s12-0").stdout
+    second.communicate(timeout=60)
+    assert second.returncode == 1
+    none = finished.pipeline("cancel", "train_classifier", "poolformer_s12-0", check=False)
+    assert "has no job" in none.stderr
 
 
 def _kill_worker_after_checkpoint(folder: Path) -> int:

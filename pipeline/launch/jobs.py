@@ -46,9 +46,8 @@ def run_job(work: Work, outputs: dict[str, Path], watch: Callable[[Path], None] 
     profile = load_profile(paths.cluster_profile())
     with FileLock(folder.with_suffix(".lock")):
         _make_room(folder, mark)
-        if not _is_done(folder, mark):
-            job = _attach(folder) or _submit(folder, work, mark, profile)
-    if not _is_done(folder, mark):
+        job = None if _is_done(folder, mark) else _attach_or_submit(folder, work, mark, profile)
+    if job is not None:
         _wait(folder, mark, job, watch)
     watch(folder)
     for name, place in outputs.items():
@@ -87,6 +86,14 @@ def _make_room(folder: Path, mark: str) -> None:
     own.write_text(mark)
 
 
+def _attach_or_submit(folder: Path, work: Work, mark: str, profile: Profile) -> dict[str, Any]:
+    job = _attach(folder)
+    if job is None:
+        return _submit(folder, work, mark, profile)
+    log.info("attached to %s job %s, which runs already", job["kind"], job["job_id"])
+    return job
+
+
 def _attach(folder: Path) -> dict[str, Any] | None:
     """The record of this folder's job if it still waits or runs."""
     record_file = folder / "job.json"
@@ -110,6 +117,28 @@ def state(record: dict[str, Any]) -> str:
     with _environment(record["environment"]):
         job: submitit.SlurmJob[None] = submitit.SlurmJob(record["folder"], record["job_id"])
         return job.get_info(mode="force").get("State", "UNKNOWN").split()[0].rstrip("+")
+
+
+def cancel(stage: str, name: str) -> str:
+    """End the job of a run folder; its checkpoints stay. Returns the job's id.
+
+    Raises:
+        UserError: no job of that name waits or runs.
+    """
+    folder = paths.run(stage, name)
+    record = _attach(folder)
+    if record is None:
+        raise UserError(f"{folder} has no job that waits or runs")
+    if record["kind"] == "local":
+        controller = psutil.Process(int(record["job_id"]))
+        for process in [*controller.children(recursive=True), controller]:
+            process.kill()
+    else:
+        import submitit
+
+        with _environment(record["environment"]):
+            submitit.SlurmJob(record["folder"], record["job_id"]).cancel()
+    return str(record["job_id"])
 
 
 def _submit(folder: Path, work: Work, mark: str, profile: Profile) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pipeline.config import Params
 CODE = ("pipeline/data/digits.py", "pipeline/data/folders.py", "pipeline/data/scenes.py")
 
 
-TRAIN_SCENES, VAL_SCENES = 1000, 100
+TRAIN_SCENES, VAL_SCENES = 1000, 60
 
 
 def run(params: Params) -> None:
