@@ -152,6 +152,8 @@ def _use_one_core() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    # As where FFCV's writer is used by itself: its workers are then children of this process, whose time counts.
+    multiprocessing.set_start_method("fork", force=True)
     # timm with Pillow 13 raises ValueError where posterize keeps 0 bits; older Pillow made that black.
     operations: dict[str, Any] = auto_augment.NAME_TO_OP
     operations["PosterizeIncreasing"] = partial(_posterize, operations["PosterizeIncreasing"])
@@ -262,8 +264,9 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _bytes_on_disk(path: Path) -> int:
+    """What the file system has allocated: a .beton may begin with a hole."""
     files = path.glob("*/*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_blocks * 512 for file in files)
 
 
 def _machine() -> str:

@@ -34,7 +34,8 @@ def test_every_measurement_gets_a_finite_row_and_a_bar(tmp_path: Path) -> None:
     assert (rows["peak_memory_mb"] >= rows["libraries_mb"]).all()
     compared = {name for _, name in rows.index[rows["ratio_to_timm"].notna()]}
     assert compared == LOADED - {"stock FFCV"}  # which does less work
-    assert (rows.loc["convert", "ratio_to_stock_ffcv"] > 0).all()
+    # Else the time of FFCV's writer, which decodes and encodes in a child process, is not counted.
+    assert rows.loc[("convert", "ours, original"), "ratio_to_stock_ffcv"] > 1
     assert rows.loc[("load", "timm's loader"), "ratio_to_timm"] == 1
     figure = (tmp_path / "data_path.svg").read_text()
     assert figure.rstrip().endswith("</svg>")
