@@ -42,6 +42,11 @@ def curve(stage: str, variant: str, seed: int) -> Path:
     return RESULTS / stage / f"{variant}-{seed}.csv"
 
 
+def cost(stage: str, variant: str, seed: int) -> Path:
+    """What one training took, as JSON."""
+    return RESULTS / stage / f"{variant}-{seed}.cost.json"
+
+
 def metrics(stage: str, name: str) -> Path:
     """The metrics of one evaluation as JSON, for `dvc metrics`; `name` is variant-seed or variant."""
     return RESULTS / stage / f"{name}.json"

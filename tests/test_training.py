@@ -47,6 +47,7 @@ class ToyTask:
     total_steps = 45
     steps_per_epoch = 10
     global_batch_size = 8
+    image_size = 8
 
     def __init__(self, spoil_step: int = -1) -> None:
         torch.manual_seed(0)

@@ -35,6 +35,7 @@ def train(kind: str, work: Work, recipe: dict[str, Any], variant: str, seed: int
     outputs = {
         "weights.pt": paths.model(kind, variant, seed),
         "curve.csv": paths.curve(work.stage, variant, seed),
+        "cost.json": paths.cost(work.stage, variant, seed),
     }
     try:
         run_job(work, outputs, watch)

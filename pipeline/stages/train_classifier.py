@@ -1,7 +1,7 @@
 """Train one classifier as a job (or take released weights: classification.weights).
 
 Reads   data/beton/imagenet/train.beton
-Writes  models/classifier/{variant}-{seed}.pt, results/train_classifier/{variant}-{seed}.csv
+Writes  models/classifier/{variant}-{seed}.pt, results/train_classifier/{variant}-{seed}.{csv,cost.json}
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.stages import _code
 from pipeline.stages._training import train
+from pipeline.train import history
 
 CODE = (*_code.LOOP, *_code.DEVICE, *_code.CLASSIFIER, *_code.IMAGES, "pipeline/tasks/classifier_training.py")
 
@@ -39,15 +40,16 @@ def run(params: Params, variant: str, seed: int) -> None:
 
 
 def take_released(params: Params, variant: str, seed: int) -> None:
-    """Put the authors' weights where the training's would be, with an empty curve."""
+    """Put the authors' weights where the training's would be, with an empty curve and no cost."""
     import torch
 
     from pipeline.models import create_classifier
     from pipeline.models.released_weights import RELEASED_CLASSIFIERS, load_released
-    from pipeline.train import history
 
     file = Path(params.released.folder) / RELEASED_CLASSIFIERS[variant]
     model = load_released(create_classifier(variant, params.imagenet.num_classes), file)
     with paths.written_atomically(paths.model("classifier", variant, seed)) as temporary:
         torch.save({"model": model.state_dict()}, temporary)
-    history.write_curve(Path("none"), paths.curve("train_classifier", variant, seed))
+    history.write_curve([], paths.curve("train_classifier", variant, seed))
+    with paths.written_atomically(paths.cost("train_classifier", variant, seed)) as temporary:
+        temporary.write_text("{}\n")

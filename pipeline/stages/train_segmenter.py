@@ -1,7 +1,7 @@
 """Train one segmenter, on the backbone of the classifier of the same variant and seed, as a job.
 
 Reads   data/beton/ade20k/training.beton, models/classifier/{variant}-{seed}.pt
-Writes  models/segmenter/{variant}-{seed}.pt, results/train_segmenter/{variant}-{seed}.csv
+Writes  models/segmenter/{variant}-{seed}.pt, results/train_segmenter/{variant}-{seed}.{csv,cost.json}
 """
 
 from pipeline import paths

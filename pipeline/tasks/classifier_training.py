@@ -31,6 +31,7 @@ class ClassificationTask:
     ) -> None:
         self.recipe, self.beton, self.seed, self.world = recipe, beton, seed, world
         self.precision, self.global_batch_size = recipe.precision, recipe.global_batch_size
+        self.image_size = recipe.image_size
         torch.manual_seed(seed)
         self.model: nn.Module = create_classifier(variant, num_classes, recipe.drop_path_rate)
         samples = int(open_beton(beton).num_samples)

@@ -35,6 +35,7 @@ class SegmentationTask:
     ) -> None:
         self.recipe, self.beton, self.seed, self.world = recipe, beton, seed, world
         self.precision, self.global_batch_size = recipe.precision, recipe.global_batch_size
+        self.image_size = recipe.crop_size
         torch.manual_seed(seed)
         model = create_segmenter(variant, num_classes)
         classifier = create_classifier(variant, backbone_classes)

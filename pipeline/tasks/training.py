@@ -1,6 +1,10 @@
-"""The frame around every training: layout, loop, and the two files that it leaves."""
+"""The frame around every training: layout, loop, and the three files that it leaves."""
 
+import json
+import platform
+import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +16,7 @@ from pipeline.train.loop import Task, train
 
 
 def run_recipe(task: Task, world: ranks.World, run_folder: Path, profile: Profile, *, seed: int) -> bool:
-    """Train `task` to the end; rank 0 then writes `out/weights.pt` and `out/curve.csv` into the run folder.
+    """Train `task` to the end; rank 0 then writes `out/{weights.pt,curve.csv,cost.json}` into the run folder.
 
     Returns and raises what `loop.train` does.
     """
@@ -28,5 +32,25 @@ def run_recipe(task: Task, world: ranks.World, run_folder: Path, profile: Profil
     if finished and world.is_first:
         with paths.written_atomically(run_folder / "out/weights.pt") as temporary:
             torch.save({"model": task.model.state_dict()}, temporary)
-        history.write_curve(run_folder / "history.jsonl", run_folder / "out/curve.csv")
+        records = history.read(run_folder / "history.jsonl")
+        history.write_curve(records, run_folder / "out/curve.csv")
+        with paths.written_atomically(run_folder / "out/cost.json") as temporary:
+            temporary.write_text(json.dumps(_cost(task, world, records), indent=2) + "\n")
     return finished
+
+
+def _cost(task: Task, world: ranks.World, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the training took, resumes included: the numbers that a forecast and the report's cost table rest on."""
+    on_gpu = world.device.type == "cuda"
+    rank_hours = records[-1]["seconds"] * world.size / 3600
+    return {
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else f"{platform.machine()} CPU",
+        "ranks": world.size,
+        "cpus_per_rank": world.cpus,
+        "precision": ranks.precision_in_use(world.device, task.precision),
+        "image_size": task.image_size,
+        "images_per_s": statistics.median(record["images_per_s"] for record in records),
+        "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
+        "rank_hours": rank_hours,
+        "gpu_hours": rank_hours if on_gpu else 0.0,
+    }

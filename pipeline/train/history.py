@@ -37,12 +37,12 @@ def cut_back(path: Path, step: int) -> None:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
-def write_curve(history: Path, curve: Path) -> None:
+def write_curve(records: list[dict[str, Any]], curve: Path) -> None:
     """Write the repeatable columns of a history as CSV."""
     import pandas as pd
 
     with paths.written_atomically(curve) as temporary:
-        pd.DataFrame(read(history), columns=CURVE_COLUMNS).to_csv(temporary, index=False)
+        pd.DataFrame(records, columns=CURVE_COLUMNS).to_csv(temporary, index=False)
 
 
 def progress_line(record: dict[str, Any]) -> str:

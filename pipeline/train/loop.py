@@ -45,6 +45,7 @@ class Task(Protocol):
     total_steps: int
     steps_per_epoch: int
     global_batch_size: int
+    image_size: int
     precision: Precision
 
     def learning_rate(self, step: int) -> float: ...
