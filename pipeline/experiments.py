@@ -27,8 +27,8 @@ def compose(overrides: list[str], target: Path = paths.PARAMS) -> None:
         with initialize_config_dir(str(paths.EXPERIMENTS.absolute()), version_base="1.3"):
             composed = hydra_compose("config", overrides)
         data = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for `batch=4096`
+        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from None
     validate(Params, data, "the composed parameters")
     with paths.written_atomically(target) as temporary:
         temporary.write_text(yaml.safe_dump(data, sort_keys=False))

@@ -7,9 +7,11 @@ import yaml
 from conftest import ROOT
 
 from pipeline import cluster
+from pipeline.config import VARIANT_NAMES as VARIANTS
 from pipeline.config import Params, check_variant, load_params, validate
 from pipeline.errors import UserError
 from pipeline.experiments import compose
+from pipeline.paper.tables import recipe_differences
 
 
 @pytest.fixture
@@ -29,15 +31,25 @@ def test_the_committed_parameters_are_the_demo(in_checkout: Path) -> None:
     assert Path("params.yaml").read_text() == committed
 
 
-def test_paper_learning_rates() -> None:
-    params = yaml.safe_load((ROOT / "experiments/base.yaml").read_text())
-    for batch, rate in ((1024, 1e-3), (4096, 4e-3)):
-        section = params["classification"]
-        section["recipe"]["global_batch_size"] = batch
-        recipe = {**section["recipe"], "drop_path_rate": 0.1}
-        from pipeline.config import ClassificationRecipe
+@pytest.mark.parametrize(("batch", "size", "rate"), [("official_1024", 1024, 1e-3), ("paper_4096", 4096, 4e-3)])
+def test_both_batches_of_the_paper_give_its_learning_rate_and_recipe(
+    batch: str, size: int, rate: float, in_checkout: Path
+) -> None:
+    compose(["scale=paper", f"batch={batch}"])
+    params = load_params(Path("params.yaml"))
+    for variant in VARIANTS:
+        recipe = params.classification.recipe_for(variant)
+        assert recipe.global_batch_size == size
+        assert recipe.learning_rate == pytest.approx(rate)
+        assert recipe_differences("classification", variant, recipe.model_dump()) == []
+        assert recipe_differences("segmentation", variant, params.segmentation.recipe_for(variant).model_dump()) == []
 
-        assert validate(ClassificationRecipe, recipe, "x").learning_rate == pytest.approx(rate)
+
+def test_a_batch_that_no_file_has_is_named(in_checkout: Path) -> None:
+    with pytest.raises(UserError, match="official_1024"):
+        compose(["scale=paper", "batch=offical"])
+    with pytest.raises(UserError, match="batch"):
+        compose(["scale=paper", "batch=4096"])
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,11 @@ def test_protocol(task: str, field: str, value: object) -> None:
     assert json.loads(rows[task, field]) == value
 
 
+SECTIONS = (
+    "classification", "segmentation", "evaluation.classification", "evaluation.segmentation", "imagenet", "ade20k",
+)  # fmt: skip
+
+
 def the_papers_recipe(task: str, variant: str) -> dict[str, object]:
     rows = paper.load("recipe")
     rows = rows[(rows["task"] == task) & rows["model"].isin(("all", paper.label(variant)))]
@@ -163,7 +168,7 @@ def the_papers_recipe(task: str, variant: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
-@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("task", SECTIONS)
 def test_the_papers_recipe_differs_in_nothing(task: str, variant: str) -> None:
     assert paper.recipe_differences(task, variant, the_papers_recipe(task, variant)) == []
 
@@ -177,3 +182,11 @@ def test_recipe_differences_name_what_differs() -> None:
         f"classification.{field}" for field in other
     )
     assert paper.recipe_differences("classification", "poolformer_s12", recipe) == ["classification.drop_path_rate"]
+    assert paper.recipe_differences("imagenet", "poolformer_s12", {"storage": "compact", "num_classes": 1000}) == [
+        "imagenet.storage"
+    ]
+    crop = {"image_size": 224, "crop_fraction": 0.9}
+    assert paper.recipe_differences("evaluation.classification", "poolformer_s36", crop) == []
+    assert paper.recipe_differences("evaluation.classification", "poolformer_m36", crop) == [
+        "evaluation.classification.crop_fraction"
+    ]

@@ -25,6 +25,12 @@ def test_released_weights_are_judged_to_a_twentieth(value: float, status: str) -
     assert "poolformer_s12.pth.tar" in verdict.sentence
 
 
+def test_released_weights_measured_otherwise_are_named_so() -> None:
+    verdict = judge_released(77.0, 77.238, metric="top1", file="x.pth.tar", recipe_differences=["imagenet.storage"])
+    assert verdict.status == "outside"
+    assert "not the paper's recipe: imagenet.storage" in verdict.label
+
+
 def test_a_missing_file_is_named() -> None:
     verdict = judge_released(None, 77.238, metric="top1", file="poolformer_s12.pth.tar")
     assert verdict.status == "missing"

@@ -72,15 +72,16 @@ def released_file(task: str, variant: str) -> str:
 
 
 def recipe_differences(task: str, variant: str, recipe: Mapping[str, Any]) -> list[str]:
-    """Fields of `recipe` that are not the paper's, as `<task>.<field>`, in the recipe's order.
+    """Fields of one section of the parameters that are not the paper's, as `<task>.<field>`, in the section's order.
 
     Where the paper and its code disagree (300 or 310 epochs, batch 4096 or 1024) either value is the paper's. Fields
     that the paper does not fix (the floating-point format) are not looked at.
 
     Args:
-        task: "classification" or "segmentation".
+        task: "classification" or "segmentation" (training recipes), "evaluation.classification",
+            "evaluation.segmentation", "imagenet" or "ade20k" (what is measured, on what).
         variant: `poolformer_s12` and so on.
-        recipe: field names and values of `pipeline.config`'s recipe of that task.
+        recipe: field names and values of that section of `pipeline.config`'s parameters, for this variant.
     """
     rows = _read("recipe")
     rows = rows[(rows["task"] == task) & rows["model"].isin(("all", label(variant)))]

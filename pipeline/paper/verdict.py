@@ -77,6 +77,7 @@ def judge_released(
     file: str,
     comparable: bool = True,
     reason: str = "",
+    recipe_differences: Sequence[str] = (),
 ) -> Verdict:
     """Judge released weights against a published measurement of the same file.
 
@@ -87,21 +88,24 @@ def judge_released(
         file: name of the weights' file, for the text.
         comparable: whether the images are the published measurement's.
         reason: why not, when they are not.
+        recipe_differences: names of the fields of data and evaluation that are not the paper's.
     """
+    fields = tuple(recipe_differences)
     if value is None:
-        return _unjudged("missing", file, f"{file} is not there.", ())
+        return _unjudged("missing", file, f"{file} is not there.", fields)
     if not comparable:
-        return _unjudged("not comparable", reason, f"Not comparable: {reason}.", (), value, seeds=1)
+        return _unjudged("not comparable", reason, f"Not comparable: {reason}.", fields, value, seeds=1)
     if not math.isfinite(value):
         detail = "released weights, not finite"
-        return _unjudged("outside", detail, f"{file} measured {METRIC_NAMES[metric]} {value}.", (), seeds=1)
+        return _unjudged("outside", detail, f"{file} measured {METRIC_NAMES[metric]} {value}.", fields, seeds=1)
     difference = value - published
     status: Status = "within" if abs(difference) <= RELEASED_TOLERANCE + EPSILON else "outside"
     sentence = (
         f"{file}: {METRIC_NAMES[metric]} {value:.3f} against {published:.3f} published "
-        f"({difference:+.3f}; tolerance {RELEASED_TOLERANCE:.2f}): {status}."
+        f"({difference:+.3f}; tolerance {RELEASED_TOLERANCE:.2f}): {status}"
+        + (f"; {_recipe_note(fields)}." if fields else ".")
     )
-    return Verdict(status, value, None, 1, RELEASED_TOLERANCE, difference, "released weights", (), sentence)
+    return Verdict(status, value, None, 1, RELEASED_TOLERANCE, difference, "released weights", fields, sentence)
 
 
 def judge_retraining(

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline import paths
-from pipeline.config import Params
+from pipeline.config import VARIANT_NAMES, Params
 from pipeline.paper.tables import recipe_differences
 from pipeline.report import write_reports
 from pipeline.tracking.mirror import log_tables
@@ -39,11 +39,26 @@ def run(params: Params) -> None:
 
 
 def _recipe_differences(params: Params) -> dict[str, list[str]]:
+    """For each variant the fields of data, recipes and evaluation that are not the paper's."""
     differences: dict[str, list[str]] = {}
-    for task, section in (("classification", params.classification), ("segmentation", params.segmentation)):
-        for variant in section.train:
-            recipe = section.recipe_for(variant).model_dump(mode="json")
-            differences.setdefault(variant, []).extend(recipe_differences(task, variant, recipe))
+    for variant in VARIANT_NAMES:
+        classification = params.evaluation.classification
+        sections: dict[str, dict[str, Any]] = {
+            "imagenet": params.imagenet.model_dump(),
+            "ade20k": params.ade20k.model_dump(),
+            "evaluation.classification": {
+                "image_size": classification.image_size,
+                "crop_fraction": classification.crop_fraction[variant],
+            },
+            "evaluation.segmentation": params.evaluation.segmentation.model_dump(),
+        }
+        if variant in params.classification.train:
+            sections["classification"] = params.classification.recipe_for(variant).model_dump()
+        if variant in params.segmentation.train:
+            sections["segmentation"] = params.segmentation.recipe_for(variant).model_dump()
+        differences[variant] = [
+            field for task, section in sections.items() for field in recipe_differences(task, variant, section)
+        ]
     return differences
 
 
@@ -58,8 +73,20 @@ def _trained(params: Params, kind: str) -> pd.DataFrame:
         return pd.DataFrame()
     for variant, seed in _runs(params, kind):
         metrics = json.loads(paths.metrics(f"evaluate_{kind}", f"{variant}-{seed}").read_text())
-        rows.append({"variant": variant, "seed": seed, **metrics})
+        rows.append({"variant": variant, "seed": seed, **metrics, **_gpu_cost(f"train_{kind}", variant, seed)})
     return pd.DataFrame(rows)
+
+
+def _gpu_cost(stage: str, variant: str, seed: int) -> dict[str, float]:
+    """The table's cells on a training's cost; none for one on CPUs, whose clock would make no two tables alike."""
+    cost = json.loads(paths.cost(stage, variant, seed).read_text())
+    if not cost.get("gpu_hours"):
+        return {}
+    return {
+        "train_memory_gb": cost["peak_memory_gb"],
+        "train_images_per_s": cost["images_per_s"],
+        "gpu_hours": cost["gpu_hours"],
+    }
 
 
 def _released(params: Params, kind: str) -> pd.DataFrame:
