@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline <stage> [variant] [seed]`, and compose, doctor, show.
+"""The command line: `python -m pipeline <stage> [variant] [seed]`, and compose, plan, doctor, cancel, show.
 
 Heavy imports happen inside the commands, so that `--help` and a wrong word answer at once.
 """
@@ -35,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(argument, type=int if argument == "seed" else str)
     compose = commands.add_parser("compose", help="write params.yaml from experiments/")
     compose.add_argument("overrides", nargs="*", help="Hydra overrides, as scale=paper or seeds=[0,1,2]")
+    plan = commands.add_parser("plan", help="GPU-hours, disk and end time of every stage, before anything runs")
+    plan.add_argument("--price", type=float, help="of one GPU-hour, in any currency: adds the cost")
     doctor = commands.add_parser("doctor", help="what is there, what is missing, what to do")
     doctor.add_argument("--verify", action="store_true", help="check each sample of each .beton against its manifest")
     cancel = commands.add_parser("cancel", help="end the job of one run; its checkpoints stay")
@@ -68,6 +70,13 @@ def _run(options: argparse.Namespace) -> int:
         from pipeline.experiments import compose
 
         compose(options.overrides)
+        return 0
+    if options.command == "plan":
+        from rich.console import Console
+
+        from pipeline import plan
+
+        plan.show(Console(width=max(110, Console().width)), options.price)
         return 0
     if options.command == "doctor":
         from pipeline.doctor import examine

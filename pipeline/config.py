@@ -29,6 +29,7 @@ class Strict(BaseModel):
 class ImageNetData(Strict):
     source: Literal["digits", "folder"] = Field(description="'digits' writes the demo's images into `root`")
     root: str = Field(description="folder with train/ and val/, one folder a class in each")
+    splits: list[Literal["train", "val"]] = Field(description="what is listed and converted; [val] to train nothing")
     num_classes: int = Field(gt=1)
     storage: Literal["original", "compact"] = Field(description="JPEG bytes untouched, or shrunk and re-encoded")
 
@@ -36,6 +37,7 @@ class ImageNetData(Strict):
 class Ade20kData(Strict):
     source: Literal["scenes", "folder"] = Field(description="'scenes' writes the demo's scenes into `root`")
     root: str = Field(description="folder with images/ and annotations/, {training,validation} in each")
+    splits: list[Literal["training", "validation"]] = Field(description="what is listed and converted")
     num_classes: int = Field(gt=1, lt=255, description="without 'other', which is label 0 on disk")
 
 
@@ -154,6 +156,18 @@ class Params(Strict):
     segmentation: Segmentation
     evaluation: Evaluation
     released: Released
+
+    @model_validator(mode="after")
+    def _splits_are_enough(self) -> "Params":
+        trained = bool(self.classification.train) and self.classification.weights == "trained"
+        for name, splits, needed in (
+            ("imagenet", self.imagenet.splits, {"train": trained, "val": True}),
+            ("ade20k", self.ade20k.splits, {"training": bool(self.segmentation.train), "validation": True}),
+        ):
+            for split, is_needed in needed.items():
+                if is_needed and split not in splits:
+                    raise ValueError(f"{name}.splits lacks {split}, which these parameters read: add it")
+        return self
 
     @model_validator(mode="after")
     def _recipes_are_whole(self) -> "Params":

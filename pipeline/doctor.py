@@ -14,15 +14,13 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import cluster, paths
+from pipeline import cluster, paths, plan
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 
 Level = Literal["ok", "note", "fault"]
 SIGNS: dict[Level, str] = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "dvc", "mlflow", "submitit")
-CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""Weights and AdamW's two moments, float32."""
 
 
 @dataclass(frozen=True)
@@ -131,28 +129,15 @@ def _parameters() -> Iterator[Finding]:
 
 
 def _disk(params: Params) -> Iterator[Finding]:
-    from pipeline.paper.tables import label, wide
-
+    needed = plan.disk_bytes_to_come(params)
     free = shutil.disk_usage(".").free
-    betons = 0 if params.imagenet.source == "digits" else _bytes_to_convert(params)
-    millions = wide("table2_imagenet")["params"]
-    runs = [millions[label(variant)] for variant in params.classification.train for _ in params.seeds]
-    checkpoints = int(sum(runs) * 1e6 * 2 * 4 + max(runs, default=0) * 1e6 * 3 * CHECKPOINT_BYTES_PER_PARAMETER)
-    needed = betons + checkpoints
     text = f"{free / 1e9:.0f} GB free, about {needed / 1e9:.1f} GB needed here (.beton, weights, checkpoints)"
     yield Finding("ok" if free > needed else "fault", "disk", text + ("" if free > needed else ": free some space"))
 
 
-def _bytes_to_convert(params: Params) -> int:
-    """Bytes of the .betons that are still to be made; the listings know, before them ImageNet's and ADE20K's own."""
-    if paths.beton("imagenet", "train").exists():
-        return 0
-    return int(150e9 if params.imagenet.storage == "original" else 60e9) + int(9e9)
-
-
 def _data(params: Params) -> Iterator[Finding]:
     for name, source, root, parts in (
-        ("ImageNet", params.imagenet.source, Path(params.imagenet.root), ("train", "val")),
+        ("ImageNet", params.imagenet.source, Path(params.imagenet.root), tuple(params.imagenet.splits)),
         ("ADE20K", params.ade20k.source, Path(params.ade20k.root), ("images/training", "annotations/training")),
     ):
         if source in ("digits", "scenes"):

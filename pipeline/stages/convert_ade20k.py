@@ -1,7 +1,7 @@
-"""Convert ADE20K's two splits, images and masks, to FFCV's format.
+"""Convert ADE20K's splits, images and masks, to FFCV's format.
 
 Reads   data/listings/ade20k, ade20k.root
-Writes  data/beton/ade20k/{training,validation}.beton and their manifests
+Writes  data/beton/ade20k/{split}.beton and its manifest for each of ade20k.splits
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ def run(params: Params) -> None:
     data = params.ade20k
     if not Path(data.root).is_dir():
         raise UserError(f"{data.root} is gone since it was listed: run `dvc repro -f -s prepare_ade20k`")
-    for split in ("training", "validation"):
+    for split in data.splits:
         convert_segmentation_folder(
             data.root,
             split,

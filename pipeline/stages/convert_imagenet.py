@@ -1,7 +1,7 @@
-"""Convert ImageNet's two splits to FFCV's format.
+"""Convert ImageNet's splits to FFCV's format.
 
 Reads   data/listings/imagenet, imagenet.root
-Writes  data/beton/imagenet/{train,val}.beton and their manifests
+Writes  data/beton/imagenet/{split}.beton and its manifest for each of imagenet.splits
 """
 
 from pathlib import Path
@@ -21,12 +21,13 @@ def run(params: Params) -> None:
     data = params.imagenet
     if not Path(data.root).is_dir():
         raise UserError(f"{data.root} is gone since it was listed: run `dvc repro -f -s prepare_imagenet`")
-    for split in ("train", "val"):
+    classes = class_names(Path(data.root) / data.splits[0])
+    for split in data.splits:
         convert_image_folder(
             Path(data.root) / split,
             paths.beton("imagenet", split),
             storage=data.storage,
             workers=cluster.cores_here(),
             num_classes=data.num_classes,
-            classes=class_names(Path(data.root) / "train"),
+            classes=classes,
         )

@@ -1,7 +1,7 @@
 """Check ADE20K's folder and list its files; the demo first writes scenes of handwritten digits there.
 
 Reads   ade20k.root (outside DVC; after a change in it, `dvc repro -f -s prepare_ade20k`)
-Writes  data/listings/ade20k/{training,validation}.csv
+Writes  data/listings/ade20k/{split}.csv for each of ade20k.splits
 """
 
 from pathlib import Path
@@ -23,5 +23,5 @@ def run(params: Params) -> None:
     root = Path(data.root)
     if data.source == "scenes":
         write_scenes(root, train_images=TRAIN_SCENES, val_images=VAL_SCENES)
-    for split in ("training", "validation"):
+    for split in data.splits:
         write_listing(paths.listing("ade20k", split), list_segmentation_folder(root, split))

@@ -1,0 +1,77 @@
+"""The forecast: from the cost guide where nothing was measured, from a measurement where there is one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import paths, plan
+from pipeline.__main__ import main
+from pipeline.config import VARIANT_NAMES, load_params
+from pipeline.experiments import compose
+from pipeline.metrics import count_macs
+from pipeline.models import create_segmenter
+from pipeline.paper import numbers
+
+
+def forecasts(*overrides: str) -> dict[str, plan.Forecast]:
+    compose(list(overrides))
+    return {row.stage: row for row in plan.forecast(load_params(paths.PARAMS))}
+
+
+def test_the_papers_trainings_cost_what_the_guide_says(in_checkout: Path) -> None:
+    rows = forecasts("scale=paper", "seeds=[0,1]")
+    for variant, hours in zip(VARIANT_NAMES, (82, 160, 236, 350, 475), strict=True):
+        for seed in (0, 1):
+            assert rows[f"train_classifier@{variant}-{seed}"].rank_hours == pytest.approx(hours, rel=0.01)
+    assert len(rows) == 2 + 5 * 2 * 4 + 5
+    assert rows["convert_imagenet"].disk_bytes == pytest.approx(155e9, rel=0.01)
+
+
+def test_a_segmenter_is_scaled_by_multiply_adds(in_checkout: Path) -> None:
+    rows = forecasts("scale=paper")
+    for variant, gmacs in plan.SEGMENTER_MACS_G.items():
+        classifier = rows[f"train_classifier@{variant}-0"].rank_hours
+        macs = numbers("table2_imagenet", f"PoolFormer-{variant[-3:].upper()}")["macs"]
+        images = 310 * (1_281_167 // 1024) * 1024
+        expected = classifier * (40_000 * 32 * gmacs) / (images * macs)
+        assert rows[f"train_segmenter@{variant}-0"].rank_hours == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("variant", ["poolformer_s12", "poolformer_m48"])
+def test_the_segmenters_multiply_adds_are_counted(variant: str) -> None:
+    assert count_macs(create_segmenter(variant), 512) / 1e9 == pytest.approx(plan.SEGMENTER_MACS_G[variant], abs=0.005)
+
+
+def test_a_measurement_takes_the_guides_place(in_checkout: Path) -> None:
+    cost = {"device": "a GPU", "ranks": 8, "images_per_s": 8000.0, "image_size": 224}
+    file = paths.cost("train_classifier", "poolformer_s12", 0)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(cost))
+    row = forecasts("scale=paper")["train_classifier@poolformer_s12-0"]
+    images = 310 * (1_281_167 // 1024) * 1024
+    assert row.rank_hours == pytest.approx(images / 1000 / 3600)
+    assert "8000 images/s measured on 8 x a GPU" in row.basis
+    file.write_text(json.dumps({**cost, "image_size": 32}))
+    assert "RTX 3090" in forecasts("scale=paper")["train_classifier@poolformer_s12-0"].basis
+
+
+def test_the_released_tier_needs_no_training_images(in_checkout: Path) -> None:
+    rows = forecasts("scale=released")
+    assert rows["convert_imagenet"].disk_bytes == pytest.approx(6.7e9)
+    assert 0.5 < sum(row.rank_hours for row in rows.values()) < 2
+
+
+def test_the_command_prints_hours_cost_and_end(in_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compose(["scale=paper"])
+    assert main(["plan", "--price", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "train_classifier@poolformer_m48-0" in printed
+    assert "475" in printed
+    assert "2,6" in printed
+    assert "until 20" in printed
+
+
+def test_the_demo_has_to_write_its_images_first(in_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 1
+    assert "dvc repro prepare_imagenet prepare_ade20k" in capsys.readouterr().err
