@@ -103,8 +103,8 @@ class SemanticFPN(nn.Module):
 def create_segmenter(variant: str, num_classes: int = 150) -> SemanticFPN:
     """A freshly initialised segmenter; the weights are a function of `torch.manual_seed`.
 
-    Its backbone starts from ImageNet by `load_backbone`. Batch norms are plain BatchNorm2d; more
-    than one rank converts them (`nn.SyncBatchNorm.convert_sync_batchnorm`), as the paper's had it.
+    Its backbone starts from ImageNet by `load_backbone`. Batch norms are plain BatchNorm2d; training
+    on more than one rank synchronises them, as the paper's were.
 
     Raises UserError for a variant that is not in VARIANTS.
     """

@@ -4,6 +4,7 @@ LOOP = (
     "pipeline/train/counted_noise.py",
     "pipeline/train/loop.py",
     "pipeline/train/schedule.py",
+    "pipeline/train/sync_batch_norm.py",
     "pipeline/tasks/training.py",
     "pipeline/world.py",
 )

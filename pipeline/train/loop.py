@@ -20,6 +20,7 @@ from pipeline.config import Precision
 from pipeline.errors import UserError
 from pipeline.train import checkpoint, history
 from pipeline.train.counted_noise import CountedNoise
+from pipeline.train.sync_batch_norm import synchronise_batch_norms
 
 log = logging.getLogger(__name__)
 LOG_INTERVAL_STEPS = 20
@@ -135,13 +136,7 @@ def train(
 def _replicate(model: nn.Module, world: ranks.World) -> nn.Module:
     if world.size == 1:
         return model
-    if world.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        raise UserError(
-            f"{world.size} ranks on CPUs would each normalise their own part of the batch (SyncBatchNorm needs GPUs): "
-            "use a cluster profile with one rank for this model"
-        )
+    synchronise_batch_norms(model)
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 

@@ -1,0 +1,44 @@
+"""Ranks for tests: processes that join a real gloo group, kept for the session so that each imports torch once.
+
+A test module that wants them says `pytest_plugins = "rank_pool"` and asks for `on_ranks`.
+PYTEST_DONT_REWRITE: such a module imports this one before pytest could.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+
+MOST_RANKS = 4
+RunOnRanks = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Iterator[RunOnRanks]:
+    """`on_ranks(size, function, *arguments)`: `function(world, *arguments)` on `size` ranks, results by rank.
+
+    The function is named by a test module, and its arguments and results are pickled.
+    """
+    with ProcessPoolExecutor(MOST_RANKS, get_context("spawn")) as pool:
+
+        def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            # Each waits for the others, so that no process takes two ranks.
+            jobs = [pool.submit(_as_rank, rank, size, port, function, arguments) for rank in range(size)]
+            return [job.result() for job in jobs]
+
+        yield run
+
+
+def _as_rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    from pipeline import world as ranks
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with ranks.join(rank, size, local_rank=rank, cpus=1) as world:
+        return function(world, *arguments)
