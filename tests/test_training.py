@@ -153,14 +153,16 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
 
 def test_counted_masks_do_not_depend_on_ranks() -> None:
     def masks(first_row: int, rows: int, step: int = 3) -> Tensor:
-        model = nn.Sequential(DropPath(0.5), DropPath(0.2))
-        noise = CountedNoise(model, seed=7, global_batch_size=64)
+        head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(3, 5, 1))
+        noise = CountedNoise(nn.Sequential(DropPath(0.5), DropPath(0.2), head), seed=7)
         noise.draw(step, first_row, rows, torch.device("cpu"))
         noise.select(0, rows)
-        return torch.stack([layer.mask.flatten() for layer in noise.layers])
+        assert [layer.mask.shape[1:] for layer in noise.layers] == [(1, 1, 1), (1, 1, 1), (3, 1, 1)]
+        return torch.cat([layer.mask.flatten(1).T for layer in noise.layers])
 
     whole = masks(0, 64)
-    assert torch.equal(whole, torch.cat([masks(0, 16), masks(16, 48)], dim=1))
+    for cut in (16, 21):
+        assert torch.equal(whole, torch.cat([masks(0, cut), masks(cut, 64 - cut)], dim=1))
     assert not torch.equal(whole, masks(0, 64, step=4))
     assert set(whole[0].tolist()) == {0.0, 2.0}
     assert whole[1].max() == pytest.approx(1.25)
@@ -168,9 +170,9 @@ def test_counted_masks_do_not_depend_on_ranks() -> None:
 
 def test_drop_path_rate_is_what_it_says() -> None:
     model = nn.Sequential(DropPath(0.3))
-    noise = CountedNoise(model, seed=0, global_batch_size=20_000)
+    noise = CountedNoise(model, seed=0)
     noise.draw(0, 0, 20_000, torch.device("cpu"))
-    assert (noise.drawn[0] == 0).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert (noise.masks == 0).float().mean() == pytest.approx(0.3, abs=0.02)
     model.eval()
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(model(x), x)

@@ -4,11 +4,13 @@ So neither ranks, accumulation nor a resume changes them. timm and torch draw th
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 PURPOSE = 0x64726F70  # "drop", so that no other draw with the same seed shares these numbers
+NUMBERS_A_BLOCK = 8  # float32 draws from one count of Philox4x64
 
 
 class CountedDrop(nn.Module):
@@ -31,10 +33,9 @@ class CountedDrop(nn.Module):
 class CountedNoise:
     """Puts counted masks in the place of a model's DropPath and Dropout2d layers, in the order of its modules."""
 
-    def __init__(self, model: nn.Module, seed: int, global_batch_size: int) -> None:
-        self.seed, self.rows = seed, global_batch_size
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.seed = seed
         self.layers: list[CountedDrop] = []
-        self.drawn: list[Tensor] = []
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, DropPath):
@@ -45,23 +46,33 @@ class CountedNoise:
                     continue
                 setattr(parent, name, layer)
                 self.layers.append(layer)
+        self.widths = [layer.channels or 1 for layer in self.layers]
+        self.rates = np.repeat(np.array([layer.rate for layer in self.layers], np.float32), self.widths)
+        self.masks = torch.empty(0, len(self.rates))
 
     def draw(self, step: int, first_row: int, rows: int, device: torch.device) -> None:
         """Make the masks of `step` for the rows of the global batch that this rank works on."""
         if not self.layers:
             return
-        self.drawn = []
-        for index, layer in enumerate(self.layers):
-            bits = np.random.Philox(key=[self.seed, PURPOSE], counter=[0, 0, index, step])
-            draws = np.random.Generator(bits).random((self.rows, layer.channels or 1), dtype=np.float32)
-            kept = (draws[first_row : first_row + rows] >= layer.rate) / np.float32(1 - layer.rate)
-            mask = torch.from_numpy(kept.astype(np.float32))[:, :, None, None]
-            self.drawn.append(mask.to(device, non_blocking=True))
+        draws = np.concatenate(
+            [self._draws(step, layer, first_row, rows, width) for layer, width in enumerate(self.widths)], axis=1
+        )
+        kept = torch.from_numpy((draws >= self.rates) / (1 - self.rates))
+        # One copy for all layers, and from pinned memory: any other would wait for the device.
+        self.masks = kept.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else kept
 
     def select(self, offset: int, size: int) -> None:
         """Use the masks of the micro-batch that starts at `offset` of the rank's rows."""
-        for layer, mask in zip(self.layers, self.drawn, strict=True):
-            layer.mask = mask[offset : offset + size]
+        columns = self.masks[offset : offset + size].split(self.widths, dim=1)
+        for layer, mask in zip(self.layers, columns, strict=True):
+            layer.mask = mask[:, :, None, None]
+
+    def _draws(self, step: int, layer: int, first_row: int, rows: int, width: int) -> npt.NDArray[np.float32]:
+        """`(rows, width)` numbers in [0, 1): the global batch's stream for this layer and step, from `first_row` on."""
+        block, skipped = divmod(first_row * width, NUMBERS_A_BLOCK)
+        bits = np.random.Philox(key=[self.seed, PURPOSE], counter=[block, 0, layer, step])
+        numbers = np.random.Generator(bits).random(skipped + rows * width, dtype=np.float32)
+        return numbers[skipped:].reshape(rows, width)
 
 
 def _channels_after(parent: nn.Module) -> int:

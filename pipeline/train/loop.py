@@ -96,7 +96,7 @@ def train(
         del state
     if world.is_first:
         history.cut_back(record_file, first_step)
-    noise = CountedNoise(model, seed, task.global_batch_size)
+    noise = CountedNoise(model, seed)
     replica = _replicate(model, world)
     model.train()
 
