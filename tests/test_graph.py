@@ -120,6 +120,19 @@ def test_the_same_seed_gives_the_same_tables(finished: Checkout, tmp_path: Path)
         assert (again.folder / "reports" / name).read_bytes() == (finished.folder / "reports" / name).read_bytes()
 
 
+def test_evaluation_is_the_same_under_any_ranks_and_batch(finished: Checkout) -> None:
+    profile = "kind: local\nranks_per_node: 2\ncpus_per_task: 1\ngpus_per_node: 0\nmax_images_per_device: 7\n"
+    (finished.folder / "slurm/two.yaml").write_text(profile)
+    for stage in ("evaluate_classifier", "evaluate_segmenter"):
+        result = finished.folder / f"results/{stage}/poolformer_s12-0.json"
+        alone = json.loads(result.read_text())
+        shutil.rmtree(finished.folder / f"runs/{stage}/poolformer_s12-0")
+        finished.pipeline(stage, "poolformer_s12", "0", PIPELINE_CLUSTER="slurm/two.yaml")
+        assert json.loads(result.read_text()) == pytest.approx(alone, rel=1e-3)
+        assert json.loads(result.read_text())["images"] == alone["images"]
+    finished.run("dvc", "repro")  # back to the files that DVC knows
+
+
 def test_killed_training_goes_on_from_its_checkpoint(finished: Checkout) -> None:
     """kill -9 of the worker in the middle; the next repro resumes, and then runs nothing twice."""
     longer = [*SHORT[:2], "classification.recipe.max_steps=60", "segmentation.recipe.max_steps=2"]
