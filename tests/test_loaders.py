@@ -232,7 +232,7 @@ def test_a_damaged_sample_reaches_the_consumer_by_name(beton: Path, tmp_path: Pa
 @pytest.mark.timeout(60)
 def test_a_bug_in_the_operation_reaches_the_consumer(beton: Path) -> None:
     loader = train(beton)
-    loader.graph.nodes[0].decoder.plan = lambda *_: 1 / 0
+    loader.graph.nodes[0].decoder.read = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(loader)
 

@@ -1,8 +1,7 @@
 """Batches from a .beton through FFCV's Loader: the paper's training recipe, and evaluation.
 
-FFCV reads the file and runs ahead of the consumer in a thread of its own; the operation here makes
-a whole batch in one C call. Which samples a batch holds is decided before FFCV sees them, so that
-an epoch is the same for any number of workers and ranks, and every image counts once in evaluation.
+A whole batch is made in one C call. An epoch is the same for any number of workers and ranks, and every image counts
+once in evaluation.
 
 Images come out as uint8 `(B, 3, H, W)` in channels_last memory, for the device to normalise, erase
 and mix. Each batch has memory of its own (FFCV's would be overwritten five batches later).
@@ -11,23 +10,13 @@ and mix. Each batch has memory of its own (FFCV's would be overwritten five batc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-from ffcv.loader import Loader
-from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
-from ffcv.pipeline import Compiler, PipelineSpec
-from ffcv.pipeline.graph import Graph
-from ffcv.pipeline.operation import Operation
-from ffcv.pipeline.state import State
 from ffcv.reader import Reader
-from ffcv.traversal_order import Sequential
 from torch import Tensor
 
 from pipeline.data.beton import open_beton
@@ -40,6 +29,7 @@ from pipeline.data.draws import (
     quasi_random_order,
     train_plans,
 )
+from pipeline.data.ffcv_loader import InOrderLoader, Read
 from pipeline.data.pixels import SOURCE, SampleError, make_batch
 from pipeline.errors import UserError
 
@@ -47,7 +37,6 @@ __all__ = ["Batch", "TrainAugmentation", "epoch_order", "eval_loader", "train_lo
 
 Records = npt.NDArray[np.void]
 Planner = Callable[[Ints, Ints, Ints], Records]  # sample ids, widths, heights -> PLAN records
-_compiler_setting = Lock()
 
 
 class Batch(NamedTuple):
@@ -58,12 +47,8 @@ class Batch(NamedTuple):
     sample_ids: Tensor  # int64 (B,)
 
 
-class BatchLoader(Loader):
-    """FFCV's Loader over `sample_ids` in this order; each `iter` starts from the first one again.
-
-    Its constructor is not called: that would map every sample to its page, for a memory manager
-    that is not used here, and take 4 s and 1.5 GB for ImageNet at each epoch and rank.
-    """
+class BatchLoader(InOrderLoader):
+    """Batches of `sample_ids` in this order; each `iter` starts from the first one again."""
 
     def __init__(
         self,
@@ -74,45 +59,32 @@ class BatchLoader(Loader):
         image_size: int,
         plan: Planner,
     ) -> None:
-        self.reader = reader
-        self.indices = sample_ids
-        self.batch_size = batch_size
-        self.batches_ahead = 3
-        # FFCV sets torch's and numba's number of threads to this; the C call has its own threads.
-        self.num_workers = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        self.seed, self.next_epoch = 0, 0
-        self.drop_last = self.distributed = self.recompile = False
-        self.memory_manager = _MappedFile(reader)
-        self.traversal_order = Sequential(self)
-        self.first_traversal_order = sample_ids
-        pipelines = {
-            "image": PipelineSpec("image", _MakeImages(reader.file_name, plan, image_size, workers)),
-            "label": PipelineSpec("label", _Labels()),
-            "sample_ids": PipelineSpec("label", _SampleIds()),
-        }
-        fields = {name: position for position, name in enumerate(reader.handlers)}
-        self.graph = Graph(pipelines, reader.handlers, fields, reader.metadata, memory_read=None)
-        with _compiler_setting:
-            # The operations are Python that calls C: there is nothing to compile.
-            enabled = Compiler.is_enabled
-            Compiler.set_enabled(False)
+        def images(positions: Ints, metadata: Records, storage: Any) -> Tensor:
             try:
-                self.generate_code()
-            finally:
-                Compiler.set_enabled(enabled)
+                return _make_images(positions, metadata[positions], storage, plan, image_size, workers)
+            except SampleError as error:
+                raise UserError(
+                    f"{reader.file_name}: image {positions[error.position]} cannot be decoded "
+                    f"({error.reason}): delete the file and convert again"
+                ) from None
+
+        def labels(positions: Ints, metadata: npt.NDArray[np.int64], _: Any) -> Tensor:
+            return torch.from_numpy(metadata[positions])
+
+        def ids(positions: Ints, *_: Any) -> Tensor:
+            return torch.from_numpy(positions.copy())
+
+        outputs: dict[str, tuple[str, Read]] = {
+            "images": ("image", images),
+            "labels": ("label", labels),
+            "sample_ids": ("label", ids),
+        }
+        super().__init__(reader, sample_ids, batch_size, outputs)
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises UserError, with the file and the sample, for an image that cannot be decoded."""
-        if not len(self.indices):
-            return
-        batches = super().__iter__()
-        try:
-            for images, labels, sample_ids in batches:
-                if isinstance(images, Exception):
-                    raise images
-                yield Batch(images, labels, sample_ids)
-        finally:
-            batches.close()  # or its thread would wait for ever for someone to take a batch
+        for outputs in super().__iter__():
+            yield Batch(*outputs)
 
 
 def train_loader(
@@ -199,74 +171,15 @@ def eval_loader(
     return BatchLoader(reader, np.arange(start, end, dtype=np.int64), batch_size, workers, image_size, plan)
 
 
-class _MappedFile(OSCacheManager):
-    """FFCV's memory-mapped file, without the map of every sample to its page."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        table = reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
-        self.ptrs, self.sizes = table["ptr"], table["size"]
-        self.context = OSCacheContext(self)
-
-
-class _Decoder(Operation):
-    """An FFCV decoder in plain Python, with memory of its own."""
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, jit_mode=False), None
-
-
-class _MakeImages(_Decoder):
-    """Images of a batch, or the error that kept them from being made: FFCV's thread has no other
-    way to hand over an exception, it would die and leave the consumer waiting."""
-
-    def __init__(self, file_name: str, plan: Planner, image_size: int, workers: int) -> None:
-        super().__init__()
-        self.file_name = file_name
-        self.plan = plan
-        self.image_size = image_size
-        self.workers = workers
-
-    def generate_code(self) -> Callable[..., Tensor | Exception]:
-        def make(sample_ids: Ints, _: None, metadata: Records, storage: Any) -> Tensor | Exception:
-            try:
-                return self.make_images(sample_ids, metadata[sample_ids], storage)
-            except SampleError as error:
-                return UserError(
-                    f"{self.file_name}: image {sample_ids[error.position]} cannot be decoded "
-                    f"({error.reason}): delete the file and convert again"
-                )
-            except Exception as error:
-                return error
-
-        return make
-
-    def make_images(self, sample_ids: Ints, rows: Records, storage: Any) -> Tensor:
-        file, pointers, sizes = storage
-        sources = np.zeros(len(rows), SOURCE)
-        sources["data"] = file.ctypes.data + rows["data_ptr"]
-        sources["size_bytes"] = sizes[np.searchsorted(pointers, rows["data_ptr"])]
-        sources["width"], sources["height"] = rows["width"], rows["height"]
-        sources["raw"] = rows["mode"]
-        widths, heights = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-        plans = self.plan(sample_ids, widths, heights)
-        shape = (len(rows), self.image_size, self.image_size, 3)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        make_batch(sources, plans, images.numpy(), self.workers)
-        return images.permute(0, 3, 1, 2)
-
-
-class _Labels(_Decoder):
-    def generate_code(self) -> Callable[..., Tensor]:
-        def read(sample_ids: Ints, _: None, metadata: npt.NDArray[np.int64], __: Any) -> Tensor:
-            return torch.from_numpy(metadata[sample_ids])
-
-        return read
-
-
-class _SampleIds(_Decoder):
-    def generate_code(self) -> Callable[..., Tensor]:
-        def read(sample_ids: Ints, _: None, __: Any, ___: Any) -> Tensor:
-            return torch.from_numpy(sample_ids.copy())
-
-        return read
+def _make_images(sample_ids: Ints, rows: Records, storage: Any, plan: Planner, image_size: int, workers: int) -> Tensor:
+    file, pointers, sizes = storage
+    sources = np.zeros(len(rows), SOURCE)
+    sources["data"] = file.ctypes.data + rows["data_ptr"]
+    sources["size_bytes"] = sizes[np.searchsorted(pointers, rows["data_ptr"])]
+    sources["width"], sources["height"] = rows["width"], rows["height"]
+    sources["raw"] = rows["mode"]
+    plans = plan(sample_ids, rows["width"].astype(np.int64), rows["height"].astype(np.int64))
+    shape = (len(rows), image_size, image_size, 3)
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    make_batch(sources, plans, images.numpy(), workers)
+    return images.permute(0, 3, 1, 2)

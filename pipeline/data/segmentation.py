@@ -10,24 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import cv2
-import numba
 import numpy as np
-import numpy.typing as npt
 import torch
-from ffcv.loader import Loader, OrderOption
-from ffcv.pipeline import PipelineSpec
-from ffcv.pipeline.operation import Operation
-from ffcv.pipeline.state import State
 from ffcv.reader import Reader
 from torch import Tensor
 
 from pipeline.data.beton import IMAGE_MODES, open_beton
+from pipeline.data.ffcv_loader import InOrderLoader, Ints
 from pipeline.data.segmentation_pixels import (
     Pixels,
     SegmentationAugmentation,
@@ -49,7 +43,6 @@ IGNORED_LABEL = 255
 # What a draw is for: the second half of Philox's key.
 ORDER_DRAWS, AUGMENTATION_DRAWS = 1, 2
 
-Ints = npt.NDArray[np.int64]
 Batch = TypeVar("Batch")
 
 
@@ -95,30 +88,10 @@ class SegmentationLoader(Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises UserError, with the file and the sample, for an image that cannot be decoded."""
-        if not len(self.positions):
-            return
-        # FFCV sets torch's and numba's number of threads to its workers'; ours are our own.
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         cv2.setNumThreads(1)  # the samples are what is done in parallel
-        spec = PipelineSpec("image", _Positions(), [_MakeBatches(self.make_batches)])
-        loader = Loader(
-            self.reader.file_name,
-            self.batch_size,
-            num_workers=threads,
-            os_cache=True,
-            order=OrderOption.SEQUENTIAL,
-            indices=self.positions,
-            pipelines={"image": spec, "mask": None},
-            drop_last=False,
-        )
-        results = iter(loader)
-        try:
-            for (batches,) in results:
-                if isinstance(batches, Exception):
-                    raise batches
-                yield from batches
-        finally:
-            results.close()  # or its thread would wait for ever for someone to take a batch
+        outputs = {"batches": ("image", lambda positions, *_: self.make_batches(positions))}
+        for (batches,) in InOrderLoader(self.reader, self.positions, self.batch_size, outputs):
+            yield from batches
 
 
 def segmentation_train_loader(
@@ -257,37 +230,3 @@ def _rgb_planes(bgr: Pixels) -> Tensor:
 def _shifted(mask: Pixels) -> Tensor:
     """The file's labels as the protocol counts them: 0 ("other") is 255, k is k - 1."""
     return torch.from_numpy(mask - np.uint8(1))
-
-
-class _Positions(Operation):
-    """FFCV wants a compiled decoder first; this one hands on which positions the batch holds."""
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, shape=(), dtype=np.dtype(np.int64)), None
-
-    def generate_code(self) -> Callable[..., Any]:
-        def positions(batch_indices, _memory, _metadata, _storage):  # type: ignore[no-untyped-def]
-            return batch_indices
-
-        return positions
-
-
-class _MakeBatches(Operation):
-    """Batches, or the error that kept them from being made: FFCV's thread would die of it and leave
-    the consumer waiting."""
-
-    def __init__(self, make_batches: Callable[[Ints], list[Any]]) -> None:
-        super().__init__()
-        self.make_batches = make_batches
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, jit_mode=False), None
-
-    def generate_code(self) -> Callable[[Ints, None], list[Any] | Exception]:
-        def run(positions: Ints, _: None) -> list[Any] | Exception:
-            try:
-                return self.make_batches(positions)
-            except Exception as error:
-                return error
-
-        return run

@@ -13,11 +13,16 @@ CLASSIFIER = ("pipeline/models/poolformer.py",)
 SEGMENTER = ("pipeline/models/poolformer.py", "pipeline/models/semantic_fpn.py")
 IMAGES = (
     "pipeline/data/draws.py",
+    "pipeline/data/ffcv_loader.py",
     "pipeline/data/loaders.py",
     "pipeline/data/native",
     "pipeline/data/pixels.py",
 )
-SCENES = ("pipeline/data/segmentation.py", "pipeline/data/segmentation_pixels.py")
+SCENES = (
+    "pipeline/data/ffcv_loader.py",
+    "pipeline/data/segmentation.py",
+    "pipeline/data/segmentation_pixels.py",
+)
 CONVERSION = (
     "pipeline/data/beton.py",
     "pipeline/data/convert.py",

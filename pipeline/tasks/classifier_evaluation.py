@@ -13,7 +13,6 @@ from pipeline import paths
 from pipeline import world as ranks
 from pipeline.cluster import Profile
 from pipeline.config import Precision
-from pipeline.data.beton import open_beton
 from pipeline.data.loaders import eval_loader
 from pipeline.metrics import ClassificationMeter, count_macs, count_parameters
 from pipeline.models import create_classifier, load_released
@@ -40,22 +39,23 @@ def evaluate(
     model.eval().to(world.device).to(memory_format=torch.channels_last)
     meter = ClassificationMeter(world.device)
     rows: list[pd.DataFrame] = []
-    for batch in eval_loader(
+    loader = eval_loader(
         Path(beton),
-        batch_size=profile.max_images_per_device * world.size,
+        batch_size=profile.max_images_per_device,
         workers=world.cpus,
         image_size=image_size,
         crop_fraction=crop_fraction,
         rank=world.rank,
         world_size=world.size,
-    ):
+    )
+    for batch in loader:
         with ranks.autocast(world.device, precision):
             logits = model(normalise(batch.images.to(world.device))).float()
         labels = batch.labels.to(world.device)
         meter.update(logits, labels)
         rows.append(_prediction_rows(batch.sample_ids, logits, labels))
     counts = meter.compute()
-    expected = int(open_beton(Path(beton)).num_samples)
+    expected = int(loader.reader.num_samples)
     if counts["images"] != expected:
         raise AssertionError(f"{counts['images']} images counted, {expected} in {beton}")
     predictions = _gather(pd.concat(rows) if rows else pd.DataFrame(), world)

@@ -12,7 +12,6 @@ from pipeline import paths
 from pipeline import world as ranks
 from pipeline.cluster import Profile
 from pipeline.config import SegmentationEvaluation, validate
-from pipeline.data.beton import open_beton
 from pipeline.data.segmentation import segmentation_eval_loader
 from pipeline.metrics import ConfusionMatrix, count_macs, count_parameters
 from pipeline.models import create_segmenter, load_released
@@ -72,7 +71,7 @@ def _confusion(
 ) -> dict[str, float]:
     matrix = ConfusionMatrix(num_classes, IGNORED_LABEL, world.device)
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # images, seconds in the model
-    for batch in segmentation_eval_loader(
+    loader = segmentation_eval_loader(
         beton,
         workers=world.cpus,
         scale=settings.scale,
@@ -80,7 +79,8 @@ def _confusion(
         ratios=ratios,
         rank=world.rank,
         world_size=world.size,
-    ):
+    )
+    for batch in loader:
         labels = batch.labels.to(world.device)
         scores = torch.zeros((), device=world.device)
         for image in batch.images:
@@ -98,7 +98,7 @@ def _confusion(
     if world.size > 1:
         torch.distributed.all_reduce(totals)
     images, forward_s = totals.tolist()
-    expected = int(open_beton(beton, fields=("image", "mask")).num_samples)
+    expected = int(loader.reader.num_samples)
     if images != expected:
         raise AssertionError(f"{images:.0f} images counted, {expected} in {beton}")
     return {**matrix.compute(), "images": images, "forward_s": forward_s}
