@@ -97,7 +97,7 @@ def show(console: Console, price_per_gpu_hour: float | None) -> None:
     if any("RTX 3090" in row.basis for row in forecasts):
         console.print(
             "The hours are one RTX 3090's. For this cluster's own, rehearse with a few steps (see "
-            "experiments/scale/paper.yaml), then plan again."
+            "experiments/rehearsal/), then plan again."
         )
 
 
