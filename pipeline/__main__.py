@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return examine(verify=options.verify)
     if options.command == "cancel":
-        from pipeline.launch.jobs import cancel
+        from pipeline.launch.submission import cancel
 
         print(f"ended job {cancel(options.stage, options.name)}; `dvc repro` goes on from its last checkpoint")
         return 0

@@ -11,6 +11,11 @@ from pydantic import Field, model_validator
 from pipeline.config import Strict, validate
 from pipeline.errors import UserError
 
+FOR_SLURM = (
+    "partition", "account", "qos", "constraint", "memory_gb", "time_min", "signal_delay_s", "array_parallelism",
+    "container", "setup", "additional",
+)  # fmt: skip
+
 
 class Profile(Strict):
     """One YAML file in `slurm/`, named by PIPELINE_CLUSTER."""
@@ -29,6 +34,10 @@ class Profile(Strict):
     memory_gb: float | None = Field(default=None, gt=0, description="a node")
     time_min: int = Field(default=24 * 60, ge=1, description="longest a job may run before it is requeued")
     signal_delay_s: int = Field(default=120, ge=1, description="warning before the time limit, to write a checkpoint")
+    array_parallelism: int = Field(
+        default=256, ge=1, description="trainings that run at once, of those queued together"
+    )
+    container: str | None = Field(default=None, description="command that runs what follows it in a container")
     setup: tuple[str, ...] = Field(default=(), description="shell lines before the job starts")
     environment: dict[str, str] = Field(default={}, description="environment of sbatch and of the job")
     additional: dict[str, str | int | bool] = Field(default={}, description="further #SBATCH options by long name")
@@ -38,9 +47,8 @@ class Profile(Strict):
         if self.kind == "local":
             if self.nodes != 1:
                 raise ValueError("kind local has one node; use kind slurm for more")
-            only = [name for name in ("partition", "account", "qos", "constraint") if getattr(self, name)]
-            if only or self.additional:
-                raise ValueError(f"{', '.join(only) or 'additional'} means nothing for kind local: remove it")
+            if only := [name for name in FOR_SLURM if name in self.model_fields_set]:
+                raise ValueError(f"{', '.join(only)} means nothing for kind local: remove it")
         elif self.gpus_per_node == "auto" or self.cpus_per_task == "auto":
             raise ValueError("'auto' is for kind local: give gpus_per_node and cpus_per_task as numbers")
         return self

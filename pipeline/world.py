@@ -1,7 +1,7 @@
 """The ranks of a job: who am I, on which device, how do we talk."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +19,8 @@ class World:
     local_rank: int
     device: torch.device
     cpus: int
+    should_stop: Callable[[], bool] = lambda: False
+    """Whether this rank has been told to write a checkpoint and leave."""
 
     @property
     def is_first(self) -> bool:
@@ -27,10 +29,17 @@ class World:
 
 
 @contextmanager
-def join(rank: int, size: int, local_rank: int, cpus: int) -> Iterator[World]:
+def join(
+    rank: int,
+    size: int,
+    local_rank: int,
+    cpus: int,
+    store: dist.Store | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[World]:
     """Set up device, threads and, with more than one rank, the process group; tear it down at the end.
 
-    MASTER_ADDR and MASTER_PORT must be in the environment where `size` > 1. NCCL on GPUs, gloo on CPUs.
+    Where `size` > 1 the ranks find one another over `store`. NCCL on GPUs, gloo on CPUs.
     """
     torch.set_num_threads(max(1, cpus))
     if torch.cuda.is_available():
@@ -43,9 +52,10 @@ def join(rank: int, size: int, local_rank: int, cpus: int) -> Iterator[World]:
     if size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     try:
-        yield World(rank, size, local_rank, device, cpus)
+        yield World(rank, size, local_rank, device, cpus, should_stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

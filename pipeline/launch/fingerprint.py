@@ -1,5 +1,6 @@
 """What a job's result depends on, as one hash: the call, its arguments, the code, and the data."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ class Work:
 
     `call` is 'module:function'; the function takes (world, run_folder, profile) and `arguments`, which JSON can hold.
     `code` are files and packages, `inputs` files, whose contents the result depends on: the stage's DVC dependencies,
-    with a manifest in place of each .beton.
+    with a manifest in place of each .beton. `after` is another work that this one starts from.
     """
 
     stage: str
@@ -25,6 +26,21 @@ class Work:
     arguments: dict[str, Any]
     code: tuple[str, ...]
     inputs: tuple[Path, ...] = field(default=())
+    after: "Upstream | None" = None
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A file of another work's `out/`, passed on as one argument.
+
+    That work's fingerprint stands for the file, so that a job can be queued behind one that has not run yet. `place`
+    is where DVC has the file: it is read there when this checkout has no run of that fingerprint (after `dvc pull`).
+    """
+
+    work: Work
+    output: str
+    place: Path
+    argument: str
 
 
 def fingerprint(work: Work) -> str:
@@ -39,9 +55,18 @@ def fingerprint(work: Work) -> str:
     for path in work.inputs:
         if not path.exists():
             raise UserError(f"{work.stage} needs {path}, which is missing: run `dvc repro` to make it")
-        with path.open("rb") as stream:
-            digest.update(str(path).encode() + hashlib.file_digest(stream, "sha256").digest())
+        there = path.stat()
+        digest.update(str(path).encode() + _contents(path, there.st_mtime_ns, there.st_size))
+    if work.after is not None:
+        digest.update(f"{work.after.argument} {work.after.output} {fingerprint(work.after.work)}".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _contents(path: Path, mtime_ns: int, size_bytes: int) -> bytes:
+    """SHA-256 of a file, once for each of its versions: ImageNet's manifest is some 100 MB."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _files(code: Iterable[str]) -> list[Path]:

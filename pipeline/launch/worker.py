@@ -1,72 +1,127 @@
 """What runs inside a job: one process a rank."""
 
-import contextlib
-import errno
 import importlib
 import json
 import logging
 import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any
 
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
+from pipeline.launch import attempts, record
+from pipeline.launch.attempts import Attempt
 
 log = logging.getLogger(__name__)
+STALE_S = 60
+"""A network file system may show an old file for so long."""
 
 
 class Worker:
     """The callable that submitit pickles; it names files and holds no state of its own."""
 
-    def __init__(self, run_folder: Path, fingerprint: str) -> None:
-        self.run_folder, self.fingerprint = run_folder, fingerprint
+    def __init__(self, jobs: Path, token: str) -> None:
+        self.jobs, self.token = jobs, token
+
+    def pickled(self, path: Path) -> None:
+        """Write what submitit's job reads; its own copy gets its name only after sbatch has answered."""
+        from submitit.core.utils import DelayedSubmission
+
+        DelayedSubmission(self).dump(path)
 
     def __call__(self) -> None:
-        """Run this rank of the job and, on rank 0, move its outputs into place.
+        """Run this rank of the job and, on rank 0, mark the run as done.
 
-        A UserError ends the process with its line in `error.txt`, for whoever waits for the job.
+        An error is left in the run folder for whoever waits; the process then ends with status 1.
         """
         import faulthandler
 
         import submitit
 
+        stopping = _Stopping()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
         faulthandler.enable()
         environment = submitit.JobEnvironment()
-        rank, size = environment.global_rank, environment.num_tasks
-        if size > 1:
-            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        with (self.run_folder / "work.json").open() as stream:
-            work = json.load(stream)
+        attempt = Attempt.current()
+        folder = attempts.run_folder(self.jobs)
+        is_local, is_first = environment.cluster == "local", environment.global_rank == 0
+        if is_first:
+            self._take(folder, attempt, is_local)
+        with attempts.errors_of_rank(folder, attempt, environment.global_rank):
+            finished = self._run(folder, environment, attempt, stopping)
+            if not finished and is_local:
+                raise UserError("stopped by a signal; `dvc repro` goes on from the checkpoint that it wrote")
+        if is_first and finished:
+            with paths.written_atomically(folder / "done") as temporary:
+                temporary.write_text((folder / "fingerprint").read_text())
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        elif is_first:
+            attempts.ask_again(self.jobs)
+
+    def _take(self, folder: Path, attempt: Attempt, is_local: bool) -> None:
+        """Note this job as the run folder's; end it when the folder waits for another one's result.
+
+        Should a second job have been submitted in spite of all, this is why it touches nothing.
+        """
+        created = _controller_created() if is_local else None
+        deadline = time.monotonic() + STALE_S
+        while not record.fill_in(folder, self.token, attempt.job, created):
+            if time.monotonic() > deadline:
+                log.error("%s belongs to another job by now: this one has nothing to do", folder)
+                raise SystemExit(1)
+            time.sleep(1)
+
+    def _run(self, folder: Path, environment: Any, attempt: Attempt, stopping: "_Stopping") -> bool:
+        work = record.read_work(folder)
         profile = Profile.model_validate_json(json.dumps(work["profile"]))
         os.environ.setdefault("OMP_NUM_THREADS", str(profile.cpus))
         # Threads that wait for one another sleep: spinning on a core that another process wants costs up to 10x.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Our FFCV operations call C; without this, importing ffcv alone compiles for seconds.
         os.environ["NUMBA_DISABLE_JIT"] = "1"
-        try:
-            module, function = work["call"].split(":")
-            call = getattr(importlib.import_module(module), function)
-            from pipeline import world as ranks
+        if (needed := work["after"]) is not None and not record.is_done(Path(needed["folder"]), needed["fingerprint"]):
+            raise UserError(f"{needed['folder']} has not what this job was queued behind: run `dvc repro` again")
+        module, function = work["call"].split(":")
+        call = getattr(importlib.import_module(module), function)
+        from pipeline import world as ranks
+        from pipeline.launch import rendezvous
 
-            with ranks.join(rank, size, environment.local_rank, profile.cpus) as world:
-                finished = call(world, self.run_folder, profile, **work["arguments"])
-        except UserError as error:
-            self._give_up(str(error))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self._give_up(f"{error}: free some space; `dvc repro` goes on from the last checkpoint")
-        if finished and rank == 0:
-            with paths.written_atomically(self.run_folder / "done") as temporary:
-                temporary.write_text(self.fingerprint)
-            shutil.rmtree(self.run_folder / "checkpoints", ignore_errors=True)
+        rank, size = environment.global_rank, environment.num_tasks
+        store = rendezvous.meet(rank, size, environment.hostnames[0], attempt) if size > 1 else None
+        with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
+            finished = bool(call(world, folder, profile, **work["arguments"]))
+            if store is not None:
+                import torch.distributed as dist
 
-    def _give_up(self, message: str) -> NoReturn:
-        log.error("%s", message)
-        with contextlib.suppress(OSError):
-            (self.run_folder / "error.txt").write_text(message)
-        raise SystemExit(1) from None
+                dist.barrier()  # rank 0 has written what it writes: now all may leave at once
+        return finished
+
+
+class _Stopping:
+    """True once the job has been told to leave: USR2 before a time limit or preemption, or the first SIGTERM."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.asked = True
+        os.write(1, f"{signal.Signals(number).name}: stopping after this step\n".encode())  # logging may be at work
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def _controller_created() -> float:
+    """Start of the local executor's controller, this process's parent."""
+    import psutil
+
+    parent = psutil.Process().parent()
+    return parent.create_time() if parent is not None else 0.0

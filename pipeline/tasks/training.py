@@ -28,6 +28,7 @@ def run_recipe(task: Task, world: ranks.World, run_folder: Path, profile: Profil
         seed=seed,
         micro_batch_size=layout.micro_batch_size,
         checkpoint_interval_s=profile.checkpoint_interval_s,
+        should_stop=world.should_stop,
     )
     if finished and world.is_first:
         with paths.written_atomically(run_folder / "out/weights.pt") as temporary:
