@@ -39,9 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, help="of one GPU-hour, in any currency: adds the cost")
     doctor = commands.add_parser("doctor", help="what is there, what is missing, what to do")
     doctor.add_argument("--verify", action="store_true", help="check each sample of each .beton against its manifest")
-    cancel = commands.add_parser("cancel", help="end the job of one run; its checkpoints stay")
+    doctor.add_argument("--test-job", action="store_true", help="submit a job of a minute that tries the cluster")
+    commands.add_parser("jobs", help="the jobs that wait or run: state, node, progress, time left")
+    cancel = commands.add_parser("cancel", help="end the jobs of one or more runs; their checkpoints stay")
     cancel.add_argument("stage", choices=[stage for stage, arguments in STAGES.items() if "seed" in arguments])
-    cancel.add_argument("name", help="as poolformer_s12-0")
+    cancel.add_argument("name", nargs="+", help="as poolformer_s12-0")
     commands.add_parser("show", help="print the tables of reports/")
     return parser
 
@@ -81,11 +83,17 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "doctor":
         from pipeline.doctor import examine
 
-        return examine(verify=options.verify)
+        return examine(verify=options.verify, test_job=options.test_job)
+    if options.command == "jobs":
+        from pipeline.launch.listing import show_jobs
+
+        show_jobs()
+        return 0
     if options.command == "cancel":
         from pipeline.launch.submission import cancel
 
-        print(f"ended job {cancel(options.stage, options.name)}; `dvc repro` goes on from its last checkpoint")
+        for name in options.name:
+            print(f"ended job {cancel(options.stage, name)} of {name}; `dvc repro` goes on from its last checkpoint")
         return 0
     if options.command == "show":
         from rich.console import Console

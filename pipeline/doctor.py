@@ -1,10 +1,8 @@
 """`python -m pipeline doctor`: what is there, what is missing, what to do."""
 
 import importlib
-import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +15,7 @@ from rich.table import Table
 from pipeline import cluster, paths, plan
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
+from pipeline.launch.check import check, try_job
 
 Level = Literal["ok", "note", "fault"]
 SIGNS: dict[Level, str] = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
@@ -30,15 +29,19 @@ class Finding:
     text: str
 
 
-def examine(*, verify: bool = False) -> int:
-    """Print all findings; returns 1 if there is a fault, else 0. `verify` reads every sample of every .beton."""
+def examine(*, verify: bool = False, test_job: bool = False) -> int:
+    """Print all findings; returns 1 if there is a fault, else 0.
+
+    `verify` reads every sample of every .beton; `test_job` runs a small job where trainings run.
+    """
     findings: list[Finding] = []
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _decoder, _processor, _cluster, _parameters]
-    for check in [*checks, _betons] if verify else checks:
+    checks += [_betons] * verify + [_test_job] * test_job
+    for examination in checks:
         try:
-            findings.extend(check())
+            findings.extend(examination())
         except UserError as error:
-            findings.append(Finding("fault", check.__name__.strip("_"), str(error)))
+            findings.append(Finding("fault", examination.__name__.strip("_"), str(error)))
     table = Table(box=None, show_header=False)
     for finding in findings:
         table.add_row(SIGNS[finding.level], finding.subject, finding.text)
@@ -95,27 +98,13 @@ def _cluster() -> Iterator[Finding]:
     yield Finding(
         "ok", "cluster profile", f"{path}: {profile.kind}, {profile.world_size} ranks, {profile.cpus} cores each"
     )
-    if profile.kind == "local":
-        return
-    environment = {**os.environ, **profile.environment}
-    for program in ("sbatch", "squeue", "sacct", "scontrol"):
-        if shutil.which(program, path=environment["PATH"]) is None:
-            yield Finding("fault", program, "not on the PATH: log in to a node of the cluster, or load its module")
-            return
-    answer = subprocess.run(["sinfo", "-h", "-o", "%P %a %D"], env=environment, capture_output=True, text=True)
-    if answer.returncode:
-        yield Finding("fault", "Slurm", f"sinfo fails: {answer.stderr.strip()}")
-        return
-    partitions = [line.split()[0].rstrip("*") for line in answer.stdout.splitlines()]
-    if profile.partition and profile.partition not in partitions:
-        yield Finding(
-            "fault", "partition", f"{profile.partition} is not one of {', '.join(partitions)}: correct {path}"
-        )
-    else:
-        yield Finding("ok", "Slurm", f"answers; partitions {', '.join(partitions)}")
-    accounting = subprocess.run(["sacct", "-n", "-X"], env=environment, capture_output=True, text=True)
-    if accounting.returncode:
-        yield Finding("fault", "sacct", f"fails ({accounting.stderr.strip()}): job states need accounting (slurmdbd)")
+    if profile.kind == "slurm":
+        yield from (Finding(*entry) for entry in check(profile, path))
+
+
+def _test_job() -> Iterator[Finding]:
+    profile = cluster.load_profile(paths.cluster_profile())
+    yield from (Finding(*entry) for entry in try_job(profile))
 
 
 def _parameters() -> Iterator[Finding]:

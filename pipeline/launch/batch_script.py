@@ -44,14 +44,9 @@ def _python(profile: Profile) -> str:
     return f"{shlex.join(shell)} {profile.container or ''} {shlex.quote(sys.executable)}"
 
 
-def _parameters(jobs: Path, token: str, profile: Profile, name: str, after: str | None) -> dict[str, Any]:
-    """submitit's parameters; None and empty ones are sbatch's defaults."""
-    additional = {"requeue": True, **profile.additional}
-    if after is not None:
-        additional |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+def resources(profile: Profile) -> dict[str, Any]:
+    """What a job asks Slurm for, by submitit's names, which are sbatch's."""
     parameters = {
-        "job_name": name,
-        "comment": token,
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
@@ -60,8 +55,24 @@ def _parameters(jobs: Path, token: str, profile: Profile, name: str, after: str 
         "ntasks_per_node": profile.ranks_here,
         "cpus_per_task": profile.cpus,
         "gpus_per_node": profile.gpus or None,
-        "mem": profile.memory_gb,  # submitit adds the unit
+        "mem": f"{round(profile.memory_gb * 1024)}M" if profile.memory_gb else None,
         "time": profile.time_min,
+    }
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _parameters(jobs: Path, token: str, profile: Profile, name: str, after: str | None) -> dict[str, Any]:
+    """submitit's parameters."""
+    asked = resources(profile)
+    additional = {"requeue": True, **profile.additional}
+    if "mem" in asked:
+        additional["mem"] = asked.pop("mem")  # submitit knows GB alone
+    if after is not None:
+        additional |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    return {
+        **asked,
+        "job_name": name,
+        "comment": token,
         "signal_delay_s": profile.signal_delay_s,
         "array_parallelism": profile.array_parallelism,
         "stderr_to_stdout": True,
@@ -70,7 +81,6 @@ def _parameters(jobs: Path, token: str, profile: Profile, name: str, after: str 
         "teardown": _afterwards(jobs, profile),
         "additional_parameters": additional,
     }
-    return {key: value for key, value in parameters.items() if value not in (None, {}, [])}
 
 
 def _before(jobs: Path, token: str, profile: Profile) -> list[str]:

@@ -61,14 +61,18 @@ def environment(extra: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _ask(command: list[str], extra: dict[str, str]) -> str:
+def ask(command: list[str], extra: dict[str, str]) -> str:
+    """What a Slurm command prints.
+
+    Raises:
+        UnreachableError: it fails, or does not answer.
+    """
     with environment(extra):
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except FileNotFoundError:
-            raise UserError(
-                f"{command[0]} is not on the PATH: log in to a node of the cluster, or load its module"
-            ) from None
+            text = f"{command[0]} is not on the PATH: log in to a node of the cluster, or load its module"
+            raise UserError(text) from None
         except subprocess.TimeoutExpired:
             raise UnreachableError(f"{command[0]} did not answer within 60 s") from None
     if done.returncode:
@@ -83,7 +87,7 @@ def squeue(extra: dict[str, str]) -> dict[str, Row]:
         UnreachableError: it does not answer, which says nothing about any job.
     """
     command = ["squeue", "--noheader", "--all", "--states=all", "--array", f"--user={os.getuid()}"]
-    lines = _ask([*command, "--format=%i|%T|%r|%S|%N|%k"], extra).splitlines()
+    lines = ask([*command, "--format=%i|%T|%r|%S|%N|%k"], extra).splitlines()
     fields = (line.split("|", 5) for line in lines if line.count("|") >= 5)
     return {identity: Row(*rest) for identity, *rest in fields}
 
@@ -99,7 +103,7 @@ def _sacct(jobs: list[str], extra: dict[str, str]) -> dict[str, str]:
         f"--jobs={','.join(jobs)}",
     ]
     try:
-        lines = _ask(command, extra).splitlines()
+        lines = ask(command, extra).splitlines()
     except UnreachableError:
         return {}
     return {identity: state.split()[0].rstrip("+") for identity, state in (line.split("|") for line in lines) if state}
@@ -197,4 +201,4 @@ def cancel(job: Job) -> None:
         UnreachableError: Slurm does not answer.
     """
     assert job.job_id is not None
-    _ask(["scancel", job.job_id], job.environment)
+    ask(["scancel", job.job_id], job.environment)

@@ -22,7 +22,7 @@ class Status:
             return f"job {job_id} is held ({self.reason}): `scontrol release {job_id}` lets it go on"
         if self.state == "PENDING":
             expected = f", expected to start {self.start.replace('T', ' ')}" if self.start not in ("", "N/A") else ""
-            return f"job {job_id} waits ({self.reason}{expected})"
+            return f"job {job_id} waits ({self.reason}{expected})" if self.reason != "None" else f"job {job_id} waits"
         if self.state == "RUNNING":
             return f"job {job_id} runs" + (f" on {self.nodes}" if self.nodes else "")
         return f"job {job_id} is {self.state}"

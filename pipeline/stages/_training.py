@@ -3,12 +3,15 @@
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from pipeline import paths
+from pipeline.cluster import load_profile
+from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
+from pipeline.launch.submission import queue
+from pipeline.stages._ahead import trainings_to_come
 from pipeline.tracking.mirror import RunMirror
 from pipeline.train import history
 
@@ -16,10 +19,17 @@ SHOW_EVERY_S = 5.0
 log = logging.getLogger(__name__)
 
 
-def train(kind: str, work: Work, recipe: dict[str, Any], variant: str, seed: int) -> None:
-    """Run a training job, showing its progress and mirroring it into MLflow while it goes."""
+def train(kind: str, params: Params, work: Work) -> None:
+    """Run a training job, showing its progress and mirroring it into MLflow while it goes.
+
+    On Slurm the trainings that `dvc repro` will come to are queued with it.
+    """
+    profile = load_profile(paths.cluster_profile())
+    if profile.kind == "slurm":
+        queue([work, *trainings_to_come(params)], profile)
     folder = paths.run(work.stage, work.name)
-    mirror = RunMirror(kind, work.name, folder, {"variant": variant, "seed": seed, **recipe})
+    variant, seed = work.arguments["variant"], work.arguments["seed"]
+    mirror = RunMirror(kind, work.name, folder, {"variant": variant, "seed": seed, **work.arguments["recipe"]})
     shown = {"at": 0.0, "step": -1}
 
     def watch(_: Path) -> None:

@@ -17,26 +17,32 @@ CODE = (*_code.LOOP, *_code.DEVICE, *_code.CLASSIFIER, *_code.IMAGES, "pipeline/
 
 
 def run(params: Params, variant: str, seed: int) -> None:
-    if params.classification.weights == "released":
+    training = work(params, variant, seed)
+    if training is None:
         take_released(params, variant, seed)
-        return
+    else:
+        train("classifier", params, training)
+
+
+def work(params: Params, variant: str, seed: int) -> Work | None:
+    """The training as a job; None where the authors' weights take its place."""
+    if params.classification.weights == "released":
+        return None
     beton = paths.beton("imagenet", "train")
-    recipe = params.classification.recipe_for(variant).model_dump(mode="json")
-    work = Work(
+    return Work(
         stage="train_classifier",
         name=f"{variant}-{seed}",
         call="pipeline.tasks.classifier_training:train",
         arguments={
             "variant": variant,
             "seed": seed,
-            "recipe": recipe,
+            "recipe": params.classification.recipe_for(variant).model_dump(mode="json"),
             "num_classes": params.imagenet.num_classes,
             "beton": str(beton),
         },
         code=CODE,
         inputs=(paths.manifest(beton),),
     )
-    train("classifier", work, recipe, variant, seed)
 
 
 def take_released(params: Params, variant: str, seed: int) -> None:

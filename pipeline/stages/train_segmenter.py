@@ -6,8 +6,8 @@ Writes  models/segmenter/{variant}-{seed}.pt, results/train_segmenter/{variant}-
 
 from pipeline import paths
 from pipeline.config import Params
-from pipeline.launch.fingerprint import Work
-from pipeline.stages import _code
+from pipeline.launch.fingerprint import Upstream, Work
+from pipeline.stages import _code, train_classifier
 from pipeline.stages._training import train
 
 CODE = (
@@ -21,23 +21,27 @@ CODE = (
 
 
 def run(params: Params, variant: str, seed: int) -> None:
-    beton = paths.beton("ade20k", "training")
-    recipe = params.segmentation.recipe_for(variant)
-    backbone = paths.model("classifier", variant, seed)
-    work = Work(
+    train("segmenter", params, work(params, variant, seed))
+
+
+def work(params: Params, variant: str, seed: int) -> Work:
+    """The training as a job, behind the classifier's; its fingerprint is known before there is a classifier."""
+    beton, backbone = paths.beton("ade20k", "training"), paths.model("classifier", variant, seed)
+    classifier = train_classifier.work(params, variant, seed)
+    return Work(
         stage="train_segmenter",
         name=f"{variant}-{seed}",
         call="pipeline.tasks.segmenter_training:train",
         arguments={
             "variant": variant,
             "seed": seed,
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": params.segmentation.recipe_for(variant).model_dump(mode="json"),
             "num_classes": params.ade20k.num_classes,
             "beton": str(beton),
             "backbone": str(backbone),
             "backbone_classes": params.imagenet.num_classes,
         },
         code=CODE,
-        inputs=(paths.manifest(beton), backbone),
+        inputs=(paths.manifest(beton),) if classifier is not None else (paths.manifest(beton), backbone),
+        after=Upstream(classifier, "weights.pt", place=backbone, argument="backbone") if classifier else None,
     )
-    train("segmenter", work, recipe.model_dump(mode="json"), variant, seed)

@@ -31,8 +31,8 @@ def run_recipe(task: Task, world: ranks.World, run_folder: Path, profile: Profil
         should_stop=world.should_stop,
     )
     if finished and world.is_first:
-        with paths.written_atomically(run_folder / "out/weights.pt") as temporary:
-            torch.save({"model": task.model.state_dict()}, temporary)
+        with paths.written_atomically(run_folder / "out/weights.pt") as temporary, temporary.open("wb") as stream:
+            torch.save({"model": task.model.state_dict()}, stream)  # to a path it would write that path's name too
         records = history.read(run_folder / "history.jsonl")
         history.write_curve(records, run_folder / "out/curve.csv")
         with paths.written_atomically(run_folder / "out/cost.json") as temporary:

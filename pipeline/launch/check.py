@@ -1,0 +1,144 @@
+"""What `python -m pipeline doctor` finds out about a Slurm profile, without a job and with one."""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from pipeline import paths
+from pipeline.cluster import Profile
+from pipeline.launch import slurm
+from pipeline.launch.batch_script import resources
+from pipeline.launch.fingerprint import Work
+from pipeline.launch.jobs import run_job
+from pipeline.launch.slurm import UnreachableError
+
+Entry = tuple[Literal["ok", "note", "fault"], str, str]
+SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "panfs", "cifs", "fuse.glusterfs", "wekafs", "orangefs"}
+TEST_JOB_MIN = 5
+
+
+def check(profile: Profile, path: Path) -> Iterator[Entry]:
+    """Programs, partition and limits, file system; nothing is submitted."""
+    for program in ("sbatch", "squeue", "scontrol", "srun"):
+        if shutil.which(program, path=profile.environment.get("PATH")) is None:
+            yield "fault", program, "not on the PATH: log in to a node of the cluster, or load its module"
+            return
+    try:
+        listed = slurm.ask(["sinfo", "--noheader", "--format=%R"], profile.environment).split()
+    except UnreachableError as error:
+        yield "fault", "Slurm", f"does not answer: {error}"
+        return
+    partitions = ", ".join(sorted(set(listed)))
+    if profile.partition is not None and not set(profile.partition.split(",")) <= set(listed):
+        yield "fault", "partition", f"{profile.partition} is not one of {partitions}: correct {path}"
+        return
+    yield "ok", "Slurm", f"answers; partitions {partitions}"
+    yield from _sizes(profile, path)
+    yield _acceptance(profile, path)
+    yield _accounting(profile)
+    yield _file_system()
+    if profile.container is not None and shutil.which(profile.container.split()[0]) is None:
+        yield "note", "container", f"{profile.container.split()[0]} is not on this machine; the nodes need it"
+
+
+def _sizes(profile: Profile, path: Path) -> Iterator[Entry]:
+    """Whether enough nodes are large enough, with the first reason if not."""
+    of_partition = [f"--partition={profile.partition}"] if profile.partition else []
+    command = ["sinfo", "--noheader", "--Node", *of_partition, "--format=%N|%c|%m|%G|%l"]
+    nodes = {line.split("|")[0]: line.split("|")[1:] for line in slurm.ask(command, profile.environment).splitlines()}
+    cores = profile.ranks_here * profile.cpus
+    needs = [
+        ("cores", cores, [int(node[0].rstrip("+")) for node in nodes.values()]),
+        ("MB of memory", round((profile.memory_gb or 0) * 1024), [int(node[1].rstrip("+")) for node in nodes.values()]),
+        ("GPUs", profile.gpus, [_gpus(node[2]) for node in nodes.values()]),
+    ]
+    for unit, wanted, there in needs:
+        enough = sum(number >= wanted for number in there)
+        if enough < profile.nodes:
+            text = f"{enough} of {len(nodes)} nodes have the {wanted} {unit} that {profile.nodes} must have (most: "
+            yield "fault", "nodes", f"{text}{max(there, default=0)}): correct {path}"
+            return
+    each = f"{cores} cores and {profile.gpus} GPUs each"
+    yield "ok", "nodes", f"{len(nodes)}, of which a job takes {profile.nodes} with {each}"
+    limits = {_minutes(node[3]) for node in nodes.values()}
+    if limits and (limit := max(limits)) < profile.time_min:
+        yield "fault", "time_min", f"{profile.time_min} is above the partition's limit of {limit:.0f}: correct {path}"
+
+
+def _gpus(gres: str) -> int:
+    """GPUs in a gres string such as `gpu:a100:8(S:0-1),ssd:1`."""
+    return sum(int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
+
+
+def _minutes(limit: str) -> float:
+    """Slurm's `days-hours:minutes:seconds` in minutes; infinite limits as such."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if match is None:
+        return float("inf")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return days * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def _acceptance(profile: Profile, path: Path) -> Entry:
+    """sbatch's own word on the profile: accounts, limits and everything else that is the site's."""
+    asked = {**resources(profile), **profile.additional}
+    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in asked.items()]
+    try:
+        slurm.ask(["sbatch", "--test-only", *flags, "--wrap=true"], profile.environment)
+    except UnreachableError as error:
+        return "fault", "sbatch", f"would refuse a job of this profile: {error}: correct {path}"
+    return "ok", "sbatch", "would accept a job of this profile"
+
+
+def _accounting(profile: Profile) -> Entry:
+    try:
+        slurm.ask(["sacct", "--noheader", "--allocations"], profile.environment)
+    except UnreachableError as error:
+        return "note", "sacct", f"no accounting ({error}): ends are known for as long as squeue lists them"
+    return "ok", "sacct", "answers"
+
+
+def _file_system() -> Entry:
+    here = Path.cwd()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    kind = next((mounts[folder] for folder in (here, *here.parents) if folder in mounts), "unknown")
+    if kind in SHARED:
+        return "ok", "file system", f"{here} is on {kind}"
+    return "note", "file system", f"{here} is on {kind}: do all nodes see it? `doctor --test-job` finds out"
+
+
+def try_job(profile: Profile) -> Iterator[Entry]:
+    """Submit a small job as trainings are, and report what its ranks found.
+
+    Raises:
+        UserError: it failed.
+    """
+    short = profile.model_copy(update={"time_min": min(profile.time_min, TEST_JOB_MIN)})
+    result = paths.RUNS / "doctor/test-job.json"
+    work = Work(
+        stage="doctor",
+        name="test-job",
+        call="pipeline.tasks.test_job:report",
+        arguments={"nonce": secrets.token_hex(8)},
+        code=("pipeline/tasks/test_job.py",),
+    )
+    run_job(work, {"report.json": result}, profile=short)
+    ranks = json.loads(result.read_text())
+    for rank, entry in enumerate(ranks):
+        text = f"{entry['node']}: {entry['device']}, {entry['gpus']} GPUs, {entry['cores']} cores"
+        faults = []
+        if entry["gpus"] < profile.gpus:
+            faults.append(f"{profile.gpus} GPUs were asked for")
+        if not entry["sees_checkout"]:
+            faults.append(f"does not see {Path.cwd()}")
+        if entry["sum"] != len(ranks) * (len(ranks) + 1) / 2:
+            faults.append(f"all_reduce gave {entry['sum']}")
+        yield "fault" if faults else "ok", f"rank {rank}", "; ".join([text, *faults])
+    if len(ranks) != profile.world_size:
+        yield "fault", "ranks", f"{len(ranks)} in place of {profile.world_size}"

@@ -1,0 +1,119 @@
+"""On Slurm all trainings are queued at once: the first that `dvc repro` comes to submits the others it will come to.
+
+DVC runs one stage after another and says nothing of the next. So this looks for the `dvc` among the parent processes,
+reads its arguments with DVC's own parser, and has DVC's graph say which stages follow. What is queued here is attached
+to when DVC comes to it. Started in another way, a stage queues itself alone.
+"""
+
+import importlib
+import logging
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.config import Params
+from pipeline.launch.fingerprint import Work
+
+log = logging.getLogger(__name__)
+
+
+def trainings_to_come(params: Params) -> list[Work]:
+    """Trainings that the surrounding `dvc repro` will run after this stage, as far as their data is there."""
+    options = _dvc_options()
+    if options is None:
+        return []
+    logging.getLogger("dvc").setLevel(logging.CRITICAL)
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    # Released weights are put in a classifier's place by the stage itself, not by a job.
+    trainings = ("train_segmenter", *(["train_classifier"] if params.classification.weights == "trained" else []))
+    try:
+        with Repo() as repo:
+            names = _stale_trainings(repo, options, trainings)
+    except DvcException as error:
+        log.info("queued this training alone: %s", error)
+        return []
+    works = []
+    for stage, variant, seed in names:
+        work = importlib.import_module(f"pipeline.stages.{stage}").work(params, variant, int(seed))
+        if work is not None:
+            works.append(work)
+    return works
+
+
+def _dvc_options() -> Namespace | None:
+    """The arguments of the `dvc repro` or `dvc exp run` that this process belongs to."""
+    for process in psutil.Process().parents():
+        words = process.cmdline()
+        places = [place for place, word in enumerate(words[:3]) if Path(word).name == "dvc"]
+        if places:
+            return _parsed(words[places[0] + 1 :])
+    return None
+
+
+def _parsed(words: list[str]) -> Namespace | None:
+    from dvc.cli.parser import get_main_parser
+
+    try:
+        options: Namespace = get_main_parser().parse_args(words)
+    except SystemExit:  # not a command line of this DVC
+        return None
+    return options if hasattr(options, "single_item") and options.cd == os.path.curdir else None
+
+
+def _stale_trainings(repo: Any, options: Namespace, trainings: tuple[str, ...]) -> list[list[str]]:
+    """Stage, variant and seed of each, in DVC's order, without the one that runs now."""
+    import networkx
+
+    graph, steps = _plan(repo, options)
+    addresses = [stage.addressing for stage in steps]
+    here = os.environ.get("DVC_STAGE", "")
+    if here not in addresses:
+        return []
+    runs, found = {here}, []
+    for stage in steps[addresses.index(here) + 1 :]:
+        before = {other.addressing for other in graph.successors(stage)} & runs  # its dependencies
+        if stage.addressing.startswith(trainings):
+            if not all(address.startswith(trainings) for address in before):
+                continue  # its data is still to be made: its own stage will queue it
+            if before or options.force or _is_stale(repo, stage, run_cache=not options.no_run_cache):
+                found.append(stage.cmd.split()[-3:])
+                runs.add(stage.addressing)
+        elif any(other.addressing.startswith(trainings) for other in networkx.ancestors(graph, stage)) and (
+            before or options.force or stage.changed()
+        ):
+            runs.add(stage.addressing)
+    return found
+
+
+def _plan(repo: Any, options: Namespace) -> tuple[Any, list[Any]]:
+    """DVC's graph, and its stages in the order in which `dvc repro` with these options comes to them."""
+    from dvc.dvcfile import PROJECT_FILE
+    from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
+
+    graph = get_active_graph(repo.index.graph)
+    chosen: list[Any] = []
+    if not options.all_pipelines:
+        targets = options.targets or [PROJECT_FILE]
+        chosen = collect_stages(repo, targets, recursive=options.recursive, glob=options.glob)
+    if options.single_item and not (options.pipeline or options.all_pipelines):
+        return graph, chosen
+    return graph, plan_repro(graph, chosen, pipeline=options.pipeline, downstream=options.downstream)
+
+
+def _is_stale(repo: Any, stage: Any, *, run_cache: bool) -> bool:
+    """Whether DVC will run a stage: it changed, and DVC's cache does not have its outputs from an earlier run."""
+    from dvc.stage.cache import RunCacheNotFoundError
+
+    if not stage.changed():
+        return False
+    try:
+        stage.save_deps()
+        repo.stage_cache.restore(stage, run_cache=run_cache, dry=True)
+    except RunCacheNotFoundError:
+        return True
+    return False
