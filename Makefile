@@ -12,11 +12,12 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := true
 
-# FFCV and the pixel library are compiled here; Slurm is for the tests.
+# FFCV and the pixel library are compiled here; Slurm, PostgreSQL and a browser are for the tests.
 APT_BUILD := build-essential pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev
 APT_SLURM := slurm-wlm slurmdbd munge mariadb-server
+APT_TRACKING := postgresql chromium
 
-.PHONY: help setup demo test bench dashboard check apt-build apt-slurm
+.PHONY: help setup demo test bench dashboard check apt-build apt-test
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,7 +29,7 @@ demo: setup  ## the whole graph on handwritten digits, then the tables
 	python -m pipeline show
 	echo "Report: reports/index.html    Runs and curves: make dashboard"
 
-test: setup apt-slurm  ## every check and every test
+test: setup apt-test  ## every check and every test
 	@ruff check .
 	ruff format --check .
 	mypy
@@ -39,13 +40,14 @@ bench: setup  ## data path against timm's loader and stock FFCV, on this machine
 	@python -m benchmarks
 
 dashboard: setup  ## MLflow's interface on http://127.0.0.1:5000 (PORT=)
-	@mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
+	@python -m pipeline views http://127.0.0.1:$(PORT)
+	mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
 
 apt-build:
 	@packages="$(APT_BUILD)" ./.ci/apt-install
 
-apt-slurm:
-	@packages="$(APT_SLURM)" ./.ci/apt-install --optional
+apt-test:
+	@packages="$(APT_SLURM) $(APT_TRACKING)" ./.ci/apt-install --optional
 
 $(STAMP): requirements.lock requirements-build.lock pyproject.toml $(wildcard pipeline/data/native/*) | apt-build
 	@command -v $(PYTHON) > /dev/null || { echo "Python 3.11 is missing: apt-get install python3.11 python3.11-venv (or set PYTHON=)"; exit 1; }

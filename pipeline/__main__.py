@@ -1,4 +1,4 @@
-"""The command line: `python -m pipeline <stage> [variant] [seed]`, and compose, plan, doctor, cancel, show.
+"""The command line: `python -m pipeline <stage> [variant] [seed]`, and compose, plan, doctor, cancel, sync, show.
 
 Heavy imports happen inside the commands, so that `--help` and a wrong word answer at once.
 """
@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     cancel = commands.add_parser("cancel", help="end the jobs of one or more runs; their checkpoints stay")
     cancel.add_argument("stage", choices=[stage for stage, arguments in STAGES.items() if "seed" in arguments])
     cancel.add_argument("name", nargs="+", help="as poolformer_s12-0")
+    commands.add_parser("sync", help="send MLflow what it lacks of runs/")
+    views = commands.add_parser("views", help="addresses of the tables in MLflow's dashboard")
+    views.add_argument("dashboard", help="as http://127.0.0.1:5000")
     commands.add_parser("show", help="print the tables of reports/")
     return parser
 
@@ -94,6 +97,19 @@ def _run(options: argparse.Namespace) -> int:
 
         for name in options.name:
             print(f"ended job {cancel(options.stage, name)} of {name}; `dvc repro` goes on from its last checkpoint")
+        return 0
+    if options.command == "sync":
+        from pipeline.stages._sync import sync
+        from pipeline.tracking.server import Server
+
+        left = sync(Server())
+        print(f"{left} run folders are not in MLflow yet" if left else "MLflow has everything in runs/")
+        return 1 if left else 0
+    if options.command == "views":
+        from pipeline.tracking.comparison import views
+
+        for name, path in views().items():
+            print(f"{name}: {options.dashboard}/#{path}")
         return 0
     if options.command == "show":
         from rich.console import Console

@@ -31,6 +31,7 @@ NOT_RESULTS = {
     "pipeline.train",
     "pipeline.train.checkpoint",
     "pipeline.train.history",
+    "pipeline.train.system",
 }
 
 
@@ -98,7 +99,7 @@ def test_readme_commands_exist() -> None:
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^make ([a-z-]+)", text, re.M)) <= targets
-    commands = {*STAGES, "compose", "doctor", "show", "jobs", "cancel", "plan"}
+    commands = {*STAGES, "compose", "doctor", "show", "sync", "views", "jobs", "cancel", "plan"}
     assert set(re.findall(r"python -m pipeline ([a-z_]+)", text)) <= commands
 
 

@@ -97,19 +97,24 @@ def test_a_change_of_one_recipe_makes_that_variant_stale(finished: Checkout) -> 
         (finished.folder / "params.yaml").write_text(before)
 
 
-def test_mlflow_has_a_run_with_curve_and_table(finished: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_has_the_comparison_its_runs_and_models(finished: Checkout) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{finished.folder}/mlflow.db")
     for title, metric in (("Table 2", "top1"), ("Table 4", "miou")):
         (experiment,) = [e for e in client.search_experiments() if e.name.startswith(title)]
         runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-        assert set(runs) == {"poolformer_s12-0", "table"}
-        training = runs["poolformer_s12-0"]
+        assert set(runs) == {f"{title} · demo", "PoolFormer-S12 · seed 0"}
+        training = runs["PoolFormer-S12 · seed 0"]
         assert training.info.status == "FINISHED"
         assert training.data.metrics[metric] >= 0
         assert training.data.params["variant"] == "poolformer_s12"
+        assert training.data.tags["mlflow.parentRunId"] == runs[f"{title} · demo"].info.run_id
+        assert "not comparable" in training.data.tags["verdict"]
         assert len(client.get_metric_history(training.info.run_id, "loss")) == 1
+    for kind in ("classifier", "segmenter"):
+        assert client.get_model_version_by_alias(f"poolformer_s12-{kind}-demo", "best").version == "1"
+    assert "MLflow has everything" in finished.pipeline("sync").stdout
 
 
 def test_the_same_seed_gives_the_same_tables(finished: Checkout, tmp_path: Path) -> None:
@@ -148,12 +153,14 @@ def test_killed_training_goes_on_from_its_checkpoint(finished: Checkout) -> None
     repro.communicate(timeout=120)
     assert repro.returncode != 0
     assert not psutil.pid_exists(job) or psutil.Process(job).status() == psutil.STATUS_ZOMBIE
+    assert _mlflow_status(finished, folder) in ("KILLED", "FAILED")
 
     finished.run("dvc", "repro", "-s", target, PIPELINE_CLUSTER="slurm/often.yaml")
     logs = "".join(path.read_text() for path in sorted((folder / "jobs").glob("*.out")))
     assert "going on from step" in logs
     steps = pd.read_csv(finished.folder / "results/train_classifier/poolformer_s12-0.csv")["step"].tolist()
     assert steps == [20, 40, 60]
+    assert _mlflow_status(finished, folder) == "FINISHED"
     assert "Running stage" not in finished.run("dvc", "repro", "-s", target).stdout
 
 
@@ -186,6 +193,14 @@ def test_a_job_outlives_its_repro_and_is_attached_to_or_cancelled(finished: Chec
     assert second.returncode == 1
     none = finished.pipeline("cancel", "train_classifier", "poolformer_s12-0", check=False)
     assert "has no job" in none.stderr
+
+
+def _mlflow_status(checkout: Checkout, folder: Path) -> str:
+    from mlflow import MlflowClient
+
+    (state,) = json.loads((folder / "mlflow.json").read_text()).values()
+    run = MlflowClient(f"sqlite:///{checkout.folder}/mlflow.db").get_run(state["run_id"])
+    return str(run.info.status)
 
 
 def _kill_worker_after_checkpoint(folder: Path) -> int:

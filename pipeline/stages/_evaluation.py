@@ -1,24 +1,28 @@
-"""What the evaluation stages share: a job, and the final metrics in the training's MLflow run."""
+"""What the evaluation stages share: a job, and the measurement in the training's MLflow run."""
 
-import json
+import shutil
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from pipeline import paths
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
-from pipeline.tracking.mirror import RunMirror
+from pipeline.stages._sync import catch_up, mirror_of, status
+from pipeline.tracking.about import About, Kind
+from pipeline.tracking.server import Server
 
 
-def evaluate(kind: str, work: Work, recipe: dict[str, Any], outputs: dict[str, Path]) -> None:
-    """Run an evaluation job and end the MLflow run that the training of the same name began."""
+def evaluate(kind: Kind, work: Work, outputs: dict[str, Path]) -> None:
+    """Run an evaluation job, and log what it measured where the training of the same name was logged."""
 
     def import_meanwhile(_: Path) -> None:
         import_module("mlflow")  # takes seconds, which cost nothing while the job runs
 
     run_job(work, outputs, import_meanwhile)
-    metrics = json.loads(outputs["metrics.json"].read_text())
-    if "loss" in metrics:
-        metrics["val_loss"] = metrics.pop("loss")  # beside the training's curve of that name
-    RunMirror(kind, work.name, paths.run(f"train_{kind}", work.name), recipe).finish(metrics)
+    server = Server()
+    training = paths.run(f"train_{kind}", work.name)
+    if About.read(training) is not None:
+        with paths.written_atomically(training / "evaluation.json") as temporary:
+            shutil.copyfile(outputs["metrics.json"], temporary)
+        mirror_of(server, training).update(status(training))
+    catch_up(server)

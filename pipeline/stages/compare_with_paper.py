@@ -13,7 +13,7 @@ from pipeline import paths
 from pipeline.config import VARIANT_NAMES, Params
 from pipeline.paper.tables import recipe_differences
 from pipeline.report import write_reports
-from pipeline.tracking.mirror import log_tables
+from pipeline.stages._comparison import log_comparison
 
 CODE = ("pipeline/paper", "pipeline/report")
 
@@ -21,21 +21,24 @@ CODE = ("pipeline/paper", "pipeline/report")
 def run(params: Params) -> None:
     classification = _trained(params, "classifier")
     segmentation = _trained(params, "segmenter")
+    released = {kind: _released(params, kind) for kind in ("classifier", "segmenter")}
     write_reports(
         paths.REPORTS,
         classification=classification,
         segmentation=segmentation,
-        released_classification=_released(params, "classifier"),
-        released_segmentation=_released(params, "segmenter"),
+        released_classification=released["classifier"],
+        released_segmentation=released["segmenter"],
         comparable=params.comparable,
         reason=params.not_comparable_because,
         recipe_differences=_recipe_differences(params),
         settings={"scale": params.scale, "seeds": ", ".join(map(str, params.seeds))},
         curves=_curves(params),
     )
-    for kind, table in (("classifier", "table2_imagenet"), ("segmenter", "table4_ade20k")):
-        files = [paths.REPORTS / f"{table}.{suffix}" for suffix in ("csv", "md", "html", "tex")]
-        log_tables(kind, pd.read_csv(files[0]), [*files, paths.REPORTS / "index.html"])
+    log_comparison(
+        params,
+        trained={"classifier": classification, "segmenter": segmentation},
+        released={"classifier": released["classifier"], "segmenter": released["segmenter"]},
+    )
 
 
 def _recipe_differences(params: Params) -> dict[str, list[str]]:

@@ -44,4 +44,4 @@ def run(params: Params, variant: str, seed: int) -> None:
         "metrics.json": paths.metrics("evaluate_classifier", name),
         "predictions.parquet": paths.predictions("evaluate_classifier", name),
     }
-    evaluate("classifier", work, params.classification.recipe_for(variant).model_dump(mode="json"), outputs)
+    evaluate("classifier", work, outputs)

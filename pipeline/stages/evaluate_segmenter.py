@@ -39,4 +39,4 @@ def run(params: Params, variant: str, seed: int) -> None:
         inputs=(paths.manifest(beton), weights),
     )
     outputs = {"metrics.json": paths.metrics("evaluate_segmenter", name)}
-    evaluate("segmenter", work, params.segmentation.recipe_for(variant).model_dump(mode="json"), outputs)
+    evaluate("segmenter", work, outputs)

@@ -3,6 +3,7 @@
 import json
 import platform
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pipeline import paths
 from pipeline import world as ranks
 from pipeline.cluster import Profile, split
-from pipeline.train import history
+from pipeline.train import history, system
 from pipeline.train.loop import Task, train
 
 
@@ -21,22 +22,27 @@ def run_recipe(task: Task, world: ranks.World, run_folder: Path, profile: Profil
     Returns and raises what `loop.train` does.
     """
     layout = split(task.global_batch_size, world.size, profile.max_images_per_device)
-    finished = train(
-        task,
-        world,
-        run_folder,
-        seed=seed,
-        micro_batch_size=layout.micro_batch_size,
-        checkpoint_interval_s=profile.checkpoint_interval_s,
-        should_stop=world.should_stop,
-    )
+    samples = run_folder / "system.jsonl"
+    with system.sampled(samples) if world.is_first else nullcontext():
+        finished = train(
+            task,
+            world,
+            run_folder,
+            seed=seed,
+            micro_batch_size=layout.micro_batch_size,
+            checkpoint_interval_s=profile.checkpoint_interval_s,
+            should_stop=world.should_stop,
+        )
     if finished and world.is_first:
         with paths.written_atomically(run_folder / "out/weights.pt") as temporary, temporary.open("wb") as stream:
             torch.save({"model": task.model.state_dict()}, stream)  # to a path it would write that path's name too
         records = history.read(run_folder / "history.jsonl")
         history.write_curve(records, run_folder / "out/curve.csv")
         with paths.written_atomically(run_folder / "out/cost.json") as temporary:
-            temporary.write_text(json.dumps(_cost(task, world, records), indent=2) + "\n")
+            cost = _cost(task, world, records)
+            energy = system.energy_kwh(samples)  # of this node; the others do the same work
+            cost["energy_kwh"] = None if energy is None else energy * profile.nodes
+            temporary.write_text(json.dumps(cost, indent=2) + "\n")
     return finished
 
 

@@ -1,143 +1,331 @@
-"""Copies run folders and tables into MLflow. Files are the truth: a dead server costs nothing but a warning.
+"""Copies one run folder into its MLflow run, each line of its files once, however often it is interrupted.
 
-One experiment for each of the paper's tables, one run for each variant and seed. The database is
-`sqlite:///mlflow.db` in the checkout, or whatever MLFLOW_TRACKING_URI names.
+`mlflow.json` in the folder says for each server how far it got. It is written after MLflow has taken a batch; when
+that write is lost, the batch is sent again, and MLflow's database drops metrics that it has (same run, name, time,
+step and value: times come from the files).
 """
 
+import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
-import pandas as pd
+from filelock import FileLock, Timeout
 
 from pipeline import paths
+from pipeline.tracking.about import EXPERIMENTS, About
+from pipeline.tracking.server import Server
 from pipeline.train import history
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
-EXPERIMENTS = {
-    "classifier": "Table 2: ImageNet-1K classification",
-    "segmenter": "Table 4: ADE20K segmentation",
-}
-CURVES = ("loss", "learning_rate", "images_per_s", "data_wait", "peak_memory_gb", "epoch")
+ENDED: tuple[Status, ...] = ("FINISHED", "FAILED", "KILLED")
+NOT_METRICS = {"step", "total_steps", "time_ms", "seconds", "seconds_left"}
+BY_EPOCH = ("loss", "learning_rate", "images_per_s")
+COST = ("images_per_s", "peak_memory_gb", "rank_hours", "gpu_hours", "energy_kwh")
 BATCH = 500
+BUDGET_S = 5.0
+"""Of one update while a job runs; the rest waits for the next."""
+MAX_TAG = 8000
+
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
-def _tolerant(call: Callable[..., T]) -> Callable[..., T | None]:
-    """MLflow's failures are warnings: what they missed is replayed from the files at the next call."""
+class Mirror:
+    """One run folder and what one server has of it."""
 
-    def wrapped(*args: Any, **kwargs: Any) -> T | None:
+    def __init__(
+        self,
+        server: Server,
+        folder: Path,
+        parent: Callable[[], str | None] = lambda: None,
+        *,
+        comes_back: bool = False,
+    ) -> None:
+        """`parent` gives the id of the run to put this one under, when it is known.
+
+        A run that somebody deleted in the dashboard is left out, or with `comes_back` made anew.
+        """
+        self.server, self.folder, self.parent, self.comes_back = server, folder, parent, comes_back
+        self.file = folder / "mlflow.json"
+        self.state: dict[str, Any] = {}
+        self.looked_up = False
+
+    def update(self, status: Status, *, in_a_hurry: bool = False) -> bool:
+        """Send what MLflow lacks of the folder and set the run's status; False when something is left to send.
+
+        Args:
+            status: what the folder's job does now.
+            in_a_hurry: stop after `BUDGET_S`, for somebody waits.
+        """
+        deadline = time.monotonic() + BUDGET_S if in_a_hurry else float("inf")
+        about = About.read(self.folder)
+        if about is None:
+            return True
         try:
-            return call(*args, **kwargs)
-        except Exception as error:
-            log.warning("MLflow did not take it (the files have it): %s", " ".join(str(error).split())[:200])
-            return None
+            with FileLock(self.folder / "mlflow.lock", timeout=0):
+                return self.server.attempt(lambda client: self._update(client, about, status, deadline)) and (
+                    self.is_complete(status)
+                )
+        except Timeout:
+            return True  # another process mirrors this folder
 
-    return wrapped
+    def is_complete(self, status: Status) -> bool:
+        """Whether this server has everything, as far as the folder knows; asks no server."""
+        self._load()
+        return bool(self.state.get("deleted")) or self.state.get("sent") == [self._stamp(), status]
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether this server has everything of a run that has ended."""
+        return any(self.is_complete(status) for status in ENDED)
 
-class RunMirror:
-    """Mirrors one training's run folder; its MLflow run id lies beside the checkpoints in `mlflow.json`."""
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, if this server has one that nobody deleted."""
+        self._load()
+        return None if self.state.get("deleted") else self.state.get("run_id")
 
-    def __init__(self, kind: str, name: str, folder: Path, parameters: dict[str, Any]) -> None:
-        self.kind, self.name, self.folder, self.parameters = kind, name, folder, parameters
-
-    @_tolerant
-    def update(self) -> None:
-        """Log the history's lines that MLflow lacks."""
-        client, state = self._open()
-        records = [record for record in history.read(self.folder / "history.jsonl") if record["step"] > state["step"]]
-        if not records:
+    def _update(self, client: Any, about: About, status: Status, deadline: float) -> None:
+        self._load()
+        stamp = self._stamp()
+        if not self.looked_up:
+            self._look_up(client, about)
+        if self.state.get("deleted"):
             return
-        from mlflow.entities import Metric
+        run_id = self.state["run_id"]
+        try:
+            self._send_tags(client, run_id)
+            for name, metrics in (("steps", self._steps()), ("samples", self._samples()), ("final", self._final())):
+                if not self._send(client, run_id, name, metrics, deadline):
+                    return
+            if self.state.get("status") != status:
+                if status == "RUNNING":
+                    client.update_run(run_id, status)
+                else:
+                    client.set_terminated(run_id, status, self._ended_ms())
+                self.state["status"] = status
+            self.state["sent"] = [stamp, status]
+            self._save()
+        except Exception:
+            self.looked_up = False  # somebody may have deleted the run
+            raise
 
-        metrics = [
-            Metric(key, float(record[key]), int(record.get("time_ms", 0)), record["step"])
-            for record in records
-            for key in CURVES
-        ]
-        for start in range(0, len(metrics), BATCH):
-            client.log_batch(state["run_id"], metrics=metrics[start : start + BATCH])
-        self._save({**state, "step": records[-1]["step"]})
+    def note(self, **values: Any) -> None:
+        """Remember something about this folder's run on this server."""
+        self._load()
+        self.state |= values
+        self._save()
 
-    @_tolerant
-    def finish(self, metrics: dict[str, float], artifacts: tuple[Path, ...] = ()) -> None:
-        """Log final metrics and files, and end the run."""
-        self.update()
-        client, state = self._open()
-        for key, value in metrics.items():
-            client.log_metric(state["run_id"], key, value)
-        for artifact in artifacts:
-            client.log_artifact(state["run_id"], str(artifact))
-        client.set_terminated(state["run_id"], "FINISHED")
+    def known(self, name: str) -> Any:
+        """What was noted, or None."""
+        self._load()
+        return self.state.get(name)
 
-    @_tolerant
-    def fail(self) -> None:
-        """End the run as failed; a later `update` of the same folder takes it up again."""
-        client, state = self._open()
-        client.set_terminated(state["run_id"], "FAILED")
-
-    def _open(self) -> tuple[Any, dict[str, Any]]:
-        from mlflow import MlflowClient
+    def _look_up(self, client: Any, about: About) -> None:
+        """Find this folder's run on the server, or make it."""
+        from mlflow.entities import ViewType
         from mlflow.exceptions import MlflowException
 
-        client = MlflowClient()
-        file = self.folder / "mlflow.json"
-        if file.exists():
-            state: dict[str, Any] = json.loads(file.read_text())
+        run = None
+        if "run_id" in self.state:
             try:
-                run = client.get_run(state["run_id"])
-                if run.info.lifecycle_stage == "active":
-                    if run.info.status != "RUNNING":
-                        client.update_run(state["run_id"], "RUNNING")
-                    return client, state
+                run = client.get_run(self.state["run_id"])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        from mlflow.entities import Param
+        experiment = experiment_id(client, EXPERIMENTS[about.kind])
+        if run is None:  # perhaps it was made, and the answer was lost
+            known = client.search_runs([experiment], f"tags.run_folder_key = '{about.key}'", ViewType.ALL)
+            run = min(known, key=lambda candidate: candidate.info.lifecycle_stage == "deleted", default=None)
+        if run is not None and run.info.lifecycle_stage == "deleted":
+            if not self.comes_back:
+                if not self.state.get("deleted"):
+                    log.info("%s: its run was deleted in MLflow, so it is left out; its files stay", self.folder)
+                self.state |= {"run_id": run.info.run_id, "deleted": True}
+                self._save()
+                return
+            run = None
+        if run is None:
+            self.state = {"run_id": self._create(client, about, experiment)}
+        elif run.info.run_id != self.state.get("run_id"):
+            self.state = {"run_id": run.info.run_id}
+        self.state.pop("deleted", None)
+        self._save()
+        self.looked_up = True
 
-        run = client.create_run(experiment_id(client, EXPERIMENTS[self.kind]), run_name=self.name)
-        flat = _flat(self.parameters)
-        client.log_batch(run.info.run_id, params=[Param(key, str(value)[:6000]) for key, value in flat.items()])
-        return client, self._save({"run_id": run.info.run_id, "step": 0})
+    def _create(self, client: Any, about: About, experiment: str) -> str:
+        tags = {**about.tags, "tier": about.scale, "run_folder_key": about.key, "run_folder": str(self.folder)}
+        if about.note:
+            tags["mlflow.note.content"] = about.note
+        run = client.create_run(experiment, about.began_ms, {k: v[:MAX_TAG] for k, v in tags.items()}, about.name)
+        return str(run.info.run_id)
 
-    def _save(self, state: dict[str, Any]) -> dict[str, Any]:
-        with paths.written_atomically(self.folder / "mlflow.json") as temporary:
-            temporary.write_text(json.dumps(state))
-        return state
+    def _send_tags(self, client: Any, run_id: str) -> None:
+        """What is known only after the run was made: params (sent again they change nothing), data, the job."""
+        about = About.read(self.folder)
+        assert about is not None
+        job_file = self.folder / "job.json"
+        job = json.loads(job_file.read_text()) if job_file.exists() else {}
+        log_file = str(self.folder / "log.txt")
+        tags = {"cluster_job": f"{job['kind']} {job['job_id']}", "job_log": log_file} if job.get("job_id") else {}
+        if "parent" not in self.state and (parent := self.parent()) is not None:
+            client.set_tag(run_id, "mlflow.parentRunId", parent)
+            self.state["parent"] = parent
+        mark = self.folder / "fingerprint"
+        if mark.exists():
+            tags["fingerprint"] = mark.read_text()
+        digest = _digest([about.params, about.datasets, tags])
+        if self.state.get("tags") == digest:
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
+        params = [Param(key, value[:6000]) for key, value in about.params.items()]
+        for part in _batches(params, 100):
+            client.log_batch(run_id, params=part)
+        client.log_batch(run_id, tags=[RunTag(key, value[:MAX_TAG]) for key, value in tags.items()])
+        inputs = []
+        for entry in about.datasets:
+            fields = {key: value for key, value in entry.items() if key != "context"}
+            inputs.append(DatasetInput(Dataset(**fields), [InputTag("mlflow.data.context", entry["context"])]))
+        if inputs:
+            client.log_inputs(run_id, inputs)
+        self.state["tags"] = digest
+        self._save()
 
-@_tolerant
-def log_tables(kind: str, table: pd.DataFrame, artifacts: list[Path]) -> None:
-    """Log the paper's table and its files as a run named `table` of its experiment, replacing the one before."""
-    import mlflow
-    from mlflow import MlflowClient
+    def _send(self, client: Any, run_id: str, name: str, metrics: list[Any], deadline: float) -> bool:
+        """Send the metrics after those that were sent before; False when time ran out."""
+        done = self.state.get(name, 0)
+        if name == "final":  # few, and they may change: all or none
+            digest = _digest([[metric.key, metric.value, metric.timestamp] for metric in metrics])
+            if done == digest:
+                return True
+            for part in _batches(metrics, BATCH):
+                client.log_batch(run_id, metrics=part)
+            self.state[name] = digest
+            return True
+        # Sorted by step: the history may be cut back and written again when a run resumes, and is not sent twice.
+        rest = [metric for metric in metrics if metric.step > done]
+        for part in _by_step(rest):
+            if time.monotonic() > deadline:
+                return False
+            client.log_batch(run_id, metrics=part)
+            self.state[name] = part[-1].step
+            self._save()
+        return True
 
-    client = MlflowClient()
-    experiment = experiment_id(client, EXPERIMENTS[kind])
-    for run in client.search_runs([experiment], "attributes.run_name = 'table'"):
-        client.delete_run(run.info.run_id)
-    with mlflow.start_run(experiment_id=experiment, run_name="table"):
-        mlflow.log_table(table, f"{kind}_table.json")
-        for artifact in artifacts:
-            mlflow.log_artifact(str(artifact))
+    def _steps(self) -> list[Any]:
+        from mlflow.entities import Metric
+
+        records = history.read(self.folder / "history.jsonl")
+        return [
+            Metric(key, float(value), int(record.get("time_ms", 0)), record["step"])
+            for record in records
+            for key, value in record.items()
+            if key not in NOT_METRICS and isinstance(value, int | float)
+        ]
+
+    def _samples(self) -> list[Any]:
+        """What the sampler wrote of processor, memory and GPU, under MLflow's own names."""
+        from mlflow.entities import Metric
+
+        return [
+            Metric(f"system/{key}", float(value), int(record["time_ms"]), record["step"])
+            for record in history.read(self.folder / "system.jsonl")
+            for key, value in record.items()
+            if key not in ("step", "time_ms")
+        ]
+
+    def _final(self) -> list[Any]:
+        """Curves by epoch, cost, and the evaluation: what is known at the end."""
+        from mlflow.entities import Metric
+
+        records = history.read(self.folder / "history.jsonl")
+        metrics = list(_epochs(records))
+        last = records[-1]["step"] if records else 0
+        cost, evaluation = self.folder / "out/cost.json", self.folder / "evaluation.json"
+        if cost.exists():
+            metrics += [
+                Metric(f"cost/{key}", float(value), _modified_ms(cost), last)
+                for key, value in json.loads(cost.read_text()).items()
+                if key in COST and value is not None
+            ]
+        if evaluation.exists():
+            measured = json.loads(evaluation.read_text())
+            at = _modified_ms(evaluation)
+            # Beside the training's curve of that name.
+            values = {"val_loss" if key == "loss" else key: value for key, value in measured.items()}
+            metrics += [Metric(key, float(value), at, last) for key, value in values.items() if value is not None]
+            if records and "top1" in values:
+                metrics.append(Metric("epoch/top1", float(values["top1"]), at, round(records[-1]["epoch"])))
+        return metrics
+
+    def _ended_ms(self) -> int:
+        for name in ("done", "error.txt", "history.jsonl"):
+            if (self.folder / name).exists():
+                return _modified_ms(self.folder / name)
+        return round(time.time() * 1000)
+
+    def _stamp(self) -> list[int]:
+        """Changes when a file that is mirrored does."""
+        names = ("about.json", "job.json", "history.jsonl", "system.jsonl", "out/cost.json", "evaluation.json")
+        files = [self.folder / name for name in names]
+        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+
+    def _load(self) -> None:
+        everywhere = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.state = everywhere.get(self.server.key, {})
+
+    def _save(self) -> None:
+        everywhere = json.loads(self.file.read_text()) if self.file.exists() else {}
+        with paths.written_atomically(self.file) as temporary:
+            temporary.write_text(json.dumps({**everywhere, self.server.key: self.state}))
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """The id of the experiment of that name, made if it is not there."""
+    """The id of the experiment of that name, made if it is not there, brought back if it was deleted."""
     experiment = client.get_experiment_by_name(name)
-    return str(experiment.experiment_id if experiment else client.create_experiment(name))
+    if experiment is None:
+        return str(client.create_experiment(name))
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
+def _epochs(records: list[dict[str, Any]]) -> Iterator[Any]:
+    """Means over the records of each whole epoch, against the epoch's number."""
+    from mlflow.entities import Metric
+
+    whole = int(records[-1]["epoch"]) if records else 0
+    for epoch in range(1, whole + 1):
+        inside = [record for record in records if epoch - 1 < record["epoch"] <= epoch]
+        for key in BY_EPOCH if inside else ():
+            mean = sum(record[key] for record in inside) / len(inside)
+            yield Metric(f"epoch/{key}", mean, int(inside[-1].get("time_ms", 0)), epoch)
+
+
+def _by_step(metrics: list[Any]) -> Iterator[list[Any]]:
+    """Batches that end with a step's last metric, so that progress is a step's number."""
+    part: list[Any] = []
+    for metric in metrics:
+        if len(part) >= BATCH and metric.step != part[-1].step:
+            yield part
+            part = []
+        part.append(metric)
+    if part:
+        yield part
+
+
+def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _modified_ms(file: Path) -> int:
+    return file.stat().st_mtime_ns // 1_000_000

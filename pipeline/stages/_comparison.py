@@ -1,0 +1,83 @@
+"""The finished tables in MLflow: what each run's row says, written down and mirrored."""
+
+import logging
+from typing import Any
+
+import pandas as pd
+
+from pipeline import paths
+from pipeline.config import Params
+from pipeline.paper import label
+from pipeline.stages._sync import sync
+from pipeline.tracking.about import About, Kind, flat, provenance
+from pipeline.tracking.comparison import Row, open_comparison, record
+from pipeline.tracking.server import Server
+
+TABLES: dict[Kind, tuple[str, str]] = {
+    "classifier": ("table2_imagenet", "top1"),
+    "segmenter": ("table4_ade20k", "miou_aligned"),
+}
+"""The report's file, and the measurement that is held against the paper."""
+log = logging.getLogger(__name__)
+
+
+def log_comparison(params: Params, trained: dict[Kind, pd.DataFrame], released: dict[Kind, pd.DataFrame]) -> None:
+    """Write down both tables of `reports/` for MLflow, then bring it up to date with everything in runs/.
+
+    Args:
+        params: the configuration compared.
+        trained: a row for each variant and seed.
+        released: a row for each variant whose released weights were asked for.
+    """
+    for kind, (name, measurement) in TABLES.items():
+        table = pd.read_csv(paths.REPORTS / f"{name}.csv")
+        cells = {str(row["model"]): row for _, row in table.iterrows()}
+        rows = [_seed_row(kind, cells[run["variant"]], run, measurement) for _, run in trained[kind].iterrows()]
+        rows += [_released_row(params, kind, cells[file["variant"]], file) for _, file in released[kind].iterrows()]
+        files = [paths.REPORTS / f"{name}.{suffix}" for suffix in ("csv", "md", "html", "tex")]
+        folder = open_comparison(kind, params.scale, params.model_dump(mode="json"))
+        note = (paths.REPORTS / f"{name}.md").read_text()
+        record(folder, table, note, [row for row in rows if row], [*files, paths.REPORTS / "index.html"])
+    sync(Server())
+
+
+def _seed_row(kind: Kind, cells: "pd.Series[Any]", run: "pd.Series[Any]", measurement: str) -> Row | None:
+    """One seed's measurement beside the paper's number; the verdict is that of all its seeds."""
+    name = f"{run['variant']}-{run['seed']}"
+    folder = paths.run(f"train_{kind}", name)
+    if About.read(folder) is None:
+        return None  # its results were pulled from elsewhere
+    measured = round(float(run[measurement]), 6)  # as in the CSV
+    metrics = {**_paper_cells(cells), "measured": measured, "seeds": float(cells["seeds"])}
+    if pd.notna(cells["tolerance"]):
+        metrics["difference"] = round(measured - float(cells["paper"]), 6)
+    note = f"**{cells['verdict']}** ({_seeds(int(cells['seeds']))})\n\nAgain: `dvc repro train_{kind}@{name}`"
+    return Row(str(folder), run["variant"], note, {"verdict": str(cells["verdict"])}, metrics)
+
+
+def _released_row(params: Params, kind: Kind, cells: "pd.Series[Any]", file: "pd.Series[Any]") -> Row | None:
+    variant = str(file["variant"])
+    folder = paths.run("evaluate_released", f"{variant}-{kind}")
+    if file["status"] != "measured" or not (folder / "done").exists():
+        return None
+    command = f"dvc repro evaluate_released@{variant}"
+    if About.read(folder) is None:
+        tags = {"kind": kind, "model": label(variant), "variant": variant, "weights": str(file["file"])}
+        config = {"variant": variant, "weights": str(file["file"]), "evaluation": params.evaluation.model_dump()}
+        About(
+            kind, params.scale, f"{label(variant)} · released weights", flat(config), tags | provenance(command)
+        ).write(folder)
+    metrics = {**_paper_cells(cells), "released": float(cells["released"])}
+    if pd.notna(cells["released_difference"]):
+        metrics["difference"] = float(cells["released_difference"])
+    verdict = str(cells["released_verdict"])
+    note = f"**{verdict}**\n\nAgain: `{command}`"
+    return Row(str(folder), variant, note, {"verdict": verdict}, metrics)
+
+
+def _paper_cells(cells: "pd.Series[Any]") -> dict[str, float]:
+    return {key: float(cells[key]) for key in ("params_m", "macs_g", "paper") if pd.notna(cells[key])}
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"

@@ -1,0 +1,88 @@
+"""Trained models in MLflow's registry, one version for each run, the best seed's under the alias `best`.
+
+The model is logged as a pickled module of this package: `mlflow.pytorch.load_model("models:/…@best")` gives the
+`nn.Module` itself, in this checkout's environment.
+"""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking.about import About, Kind
+from pipeline.tracking.mirror import Mirror
+from pipeline.tracking.server import Server, time_for_uploads
+
+EXAMPLE_PX = 64
+"""At most; the models take any multiple of 32, and an example is kept as text."""
+
+
+def registered_name(kind: Kind, variant: str, scale: str) -> str:
+    """As `poolformer_s12-classifier-demo`: weights of different data are different models."""
+    return f"{variant}-{kind}-{scale}"
+
+
+def register(server: Server, folder: Path) -> bool:
+    """Log a finished training's model, once; False when MLflow did not take it."""
+    mirror, about = Mirror(server, folder), About.read(folder)
+    weights = folder / "out/weights.pt"
+    if about is None or mirror.run_id is None or "model_version" in mirror.state or not weights.exists():
+        return True
+    with time_for_uploads():
+        return server.attempt(lambda client: _register(client, mirror, about, weights))
+
+
+def _register(client: Any, mirror: Mirror, about: About, weights: Path) -> None:
+    run_id = str(mirror.run_id)
+    known = client.search_model_versions(f"run_id = '{run_id}'")
+    version = known[0].version if known else _log(client, run_id, about, weights)
+    mirror.note(model_version=str(version))
+
+
+def _log(client: Any, run_id: str, about: About, weights: Path) -> str:
+    import mlflow
+    import numpy as np
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    from pipeline.models import create_classifier, create_segmenter
+
+    call = json.loads((weights.parent.parent / "work.json").read_text())["arguments"]
+    create = create_classifier if about.kind == "classifier" else create_segmenter
+    model = create(call["variant"], call["num_classes"]).eval()
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
+
+    classes = call["num_classes"]
+    output = (-1, classes) if about.kind == "classifier" else (-1, classes, -1, -1)
+    single = np.dtype("float32")
+    signature = ModelSignature(
+        Schema([TensorSpec(single, (-1, 3, -1, -1), "images")]), Schema([TensorSpec(single, output, "logits")])
+    )
+    size = min(EXAMPLE_PX, call["recipe"].get("image_size") or call["recipe"]["crop_size"])
+    before = client.get_run(run_id).info
+    _be_quiet()
+    with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
+        warnings.simplefilter("ignore")
+        logged = mlflow.pytorch.log_model(
+            model,
+            name="model",
+            signature=signature,
+            input_example={"images": np.zeros((1, 3, size, size), single)},  # an image of ImageNet's mean colour
+            pip_requirements=[f"torch=={torch.__version__}", "timm"],
+            serialization_format="pickle",
+            registered_model_name=registered_name(about.kind, call["variant"], about.scale),
+        )
+    client.set_terminated(run_id, before.status, before.end_time)  # logging is no part of the training's time
+    version = str(logged.registered_model_version)
+    name = registered_name(about.kind, call["variant"], about.scale)
+    client.set_model_version_tag(name, version, "seed", about.tags["seed"])
+    client.update_model_version(name, version, f"{about.name}, `{about.tags['command']}`")
+    return version
+
+
+def _be_quiet() -> None:
+    """MLflow warns of pickles that are our own, and announces each version."""
+    for name in ("mlflow", "mlflow.pytorch", "mlflow.tracking._model_registry.fluent", "mlflow.models.model"):
+        logging.getLogger(name).setLevel(logging.ERROR)
