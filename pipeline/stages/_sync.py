@@ -31,14 +31,17 @@ def sync(server: Server) -> int:
     return left + sum(not comparison.update() for comparison in comparisons)
 
 
-def mirror_of(server: Server, folder: Path) -> Mirror:
-    """The mirror of a run folder, its MLflow run under that of its comparison."""
+def mirror_of(server: Server, folder: Path, comparisons: dict[Path, ComparisonMirror] | None = None) -> Mirror:
+    """The mirror of a run folder, its MLflow run under that of its comparison; `comparisons` keeps those opened."""
+    opened = {} if comparisons is None else comparisons
 
     def parent() -> str | None:
         about = About.read(folder)
         assert about is not None
         comparison = paths.run("compare_with_paper", f"{about.scale}-{about.kind}")
-        return ComparisonMirror(server, comparison).open() if About.read(comparison) else None
+        if About.read(comparison) is None:
+            return None
+        return opened.setdefault(comparison, ComparisonMirror(server, comparison)).open()
 
     return Mirror(server, folder, parent)
 
@@ -60,9 +63,10 @@ def status(folder: Path) -> RunStatus:
 
 
 def _runs(server: Server) -> Iterator[tuple[Path, Mirror]]:
+    comparisons: dict[Path, ComparisonMirror] = {}
     for stage in ("train_classifier", "train_segmenter", "evaluate_released"):
         for folder in _folders(stage):
-            yield folder, mirror_of(server, folder)
+            yield folder, mirror_of(server, folder, comparisons)
 
 
 def _folders(stage: str) -> list[Path]:

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from pipeline import paths
 from pipeline.tracking.about import EXPERIMENTS, About, Kind, flat, provenance
-from pipeline.tracking.mirror import Mirror, experiment_id
+from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.models import registered_name
 from pipeline.tracking.server import Server
 
@@ -90,7 +90,8 @@ class ComparisonMirror:
 
     def open(self) -> str | None:
         """The parent run's id, made when it is not there or was deleted; None while the server does not answer."""
-        self.mirror.update("FINISHED")
+        if not self.mirror.looked_up:
+            self.mirror.update("FINISHED")
         return self.mirror.run_id
 
     def update(self) -> bool:
@@ -137,7 +138,8 @@ class ComparisonMirror:
             client.log_batch(child, tags=[RunTag(key, value[:8000]) for key, value in tags.items()])
         self._take_out_others(client, set(children.values()), about)
         self._mark_best(client, content["rows"], about)
-        _show(client, run_id, about, content["note"])
+        experiment = self.server.experiment(client, EXPERIMENTS[about.kind])
+        _show(client, experiment, run_id, about, content["note"])
         client.set_terminated(run_id, "FINISHED")
 
     def _take_out_others(self, client: Any, shown: set[str], about: About) -> None:
@@ -194,9 +196,8 @@ def _log_table(client: Any, run_id: str, table: pd.DataFrame, name: str) -> None
     client.log_text(run_id, table.to_json(orient="split", index=False, double_precision=15), file)
 
 
-def _show(client: Any, run_id: str, about: About, note: str) -> None:
+def _show(client: Any, experiment: str, run_id: str, about: About, note: str) -> None:
     """A saved view of the run table with the paper's columns in the paper's order, and the table in the note."""
-    experiment = experiment_id(client, EXPERIMENTS[about.kind])
     widths = {**{f"metrics.`{key}`": 105 for key in COLUMNS}, "tags.`verdict`": 330}
     columns = list(widths)
     state = {

@@ -137,7 +137,7 @@ class Mirror:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        experiment = experiment_id(client, EXPERIMENTS[about.kind])
+        experiment = self.server.experiment(client, EXPERIMENTS[about.kind])
         if run is None:  # perhaps it was made, and the answer was lost
             known = client.search_runs([experiment], f"tags.run_folder_key = '{about.key}'", ViewType.ALL)
             run = min(known, key=lambda candidate: candidate.info.lifecycle_stage == "deleted", default=None)
@@ -283,16 +283,6 @@ class Mirror:
         everywhere = json.loads(self.file.read_text()) if self.file.exists() else {}
         with paths.written_atomically(self.file) as temporary:
             temporary.write_text(json.dumps({**everywhere, self.server.key: self.state}))
-
-
-def experiment_id(client: Any, name: str) -> str:
-    """The id of the experiment of that name, made if it is not there, brought back if it was deleted."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        return str(client.create_experiment(name))
-    if experiment.lifecycle_stage == "deleted":
-        client.restore_experiment(experiment.experiment_id)
-    return str(experiment.experiment_id)
 
 
 def _epochs(records: list[dict[str, Any]]) -> Iterator[Any]:

@@ -36,11 +36,24 @@ class Server:
     def __init__(self) -> None:
         self.failed_at = -PAUSE_S
         self.warned = False
+        self.experiments: dict[str, str] = {}
 
     @property
     def key(self) -> str:
         """Names this server in a run folder's state; the address itself may hold a password."""
         return hashlib.sha256(os.environ["MLFLOW_TRACKING_URI"].encode()).hexdigest()[:12]
+
+    def experiment(self, client: Any, name: str) -> str:
+        """The id of the experiment of that name, made if it is not there, brought back if it was deleted."""
+        if name not in self.experiments:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                self.experiments[name] = str(client.create_experiment(name))
+            else:
+                if experiment.lifecycle_stage == "deleted":
+                    client.restore_experiment(experiment.experiment_id)
+                self.experiments[name] = str(experiment.experiment_id)
+        return self.experiments[name]
 
     def attempt(self, call: Callable[[Any], None]) -> bool:
         """Give `call` an `MlflowClient`; whether it went through. A server that just failed is not asked."""
@@ -52,6 +65,7 @@ class Server:
             call(MlflowClient())
         except Exception as error:  # whatever it is, the training is worth more than its mirror
             self.failed_at = time.monotonic()
+            self.experiments.clear()
             if not self.warned:
                 reason = " ".join(str(error).split())[:200]
                 log.warning(
