@@ -32,7 +32,7 @@ def trainings_to_come(params: Params) -> list[Work]:
     # Released weights are put in a classifier's place by the stage itself, not by a job.
     trainings = ("train_segmenter", *(["train_classifier"] if params.classification.weights == "trained" else []))
     try:
-        with Repo() as repo:
+        with Repo() as repo, repo.lock:  # free while a command of a stage runs
             names = _stale_trainings(repo, options, trainings)
     except DvcException as error:
         log.info("queued this training alone: %s", error)
@@ -49,9 +49,9 @@ def _dvc_options() -> Namespace | None:
     """The arguments of the `dvc repro` or `dvc exp run` that this process belongs to."""
     for process in psutil.Process().parents():
         words = process.cmdline()
-        places = [place for place, word in enumerate(words[:3]) if Path(word).name == "dvc"]
-        if places:
-            return _parsed(words[places[0] + 1 :])
+        places = [place for place, word in enumerate(words) if Path(word).name == "dvc"]
+        if places and (options := _parsed(words[places[0] + 1 :])) is not None:
+            return options
     return None
 
 
