@@ -26,6 +26,9 @@ class Profile(Strict):
     ranks_per_node: int | None = Field(default=None, ge=1, description="default: one a GPU, else one")
     cpus_per_task: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): cores / ranks")
     max_images_per_device: int = Field(default=128, ge=1, description="larger shares of a batch are accumulated")
+    activation_checkpointing: bool = Field(
+        default=False, description="less memory in training, a third more arithmetic"
+    )
     checkpoint_interval_s: float = Field(default=600, gt=0)
     partition: str | None = None
     account: str | None = None
@@ -83,19 +86,31 @@ class Split:
 
     per_rank: int
     micro_batch_size: int
+    accumulates: bool
+    """Whether a share may go through the model in parts."""
 
     @property
     def accumulation(self) -> int:
         return -(-self.per_rank // self.micro_batch_size)
 
+    def halved(self) -> "Split | None":
+        """The same share in micro-batches of half the size or less, if there is such a way."""
+        if not self.accumulates or self.micro_batch_size == 1:
+            return None
+        return Split(self.per_rank, _micro_batch_size(self.per_rank, self.micro_batch_size // 2), True)
 
-def split(global_batch_size: int, world_size: int, max_images_per_device: int) -> Split:
+
+def split(global_batch_size: int, world_size: int, max_images_per_device: int, *, accumulates: bool = True) -> Split:
     """Spread a recipe's global batch over a profile's ranks: the one place where the two meet.
 
     The micro-batch is the largest divisor of a rank's share that the device holds, so that all are equal.
 
+    Args:
+        accumulates: False for a model with batch norms: their statistics are the global batch's, which ranks can
+            compute together but micro-batches, one after the other, cannot.
+
     Raises:
-        UserError: the batch cannot be shared out evenly.
+        UserError: the batch cannot be shared out evenly, or is too large for a model that does not accumulate.
     """
     if global_batch_size % world_size:
         fits = [size for size in range(1, world_size + 1) if global_batch_size % size == 0]
@@ -104,8 +119,22 @@ def split(global_batch_size: int, world_size: int, max_images_per_device: int) -
             f"use a cluster profile of {fits[-1]} ranks, or another global_batch_size"
         )
     share = global_batch_size // world_size
-    micro = max(size for size in range(1, min(share, max_images_per_device) + 1) if share % size == 0)
-    return Split(share, micro)
+    if share > max_images_per_device and not accumulates:
+        enough = next(
+            ranks
+            for ranks in range(world_size, global_batch_size + 1)
+            if global_batch_size % ranks == 0 and global_batch_size // ranks <= max_images_per_device
+        )
+        raise UserError(
+            f"a rank's share of {share} images is above max_images_per_device: {max_images_per_device}, and cannot be "
+            "accumulated, as batch norm needs the whole batch at once: use a cluster profile of "
+            f"{enough} ranks, or max_images_per_device: {share} (activation_checkpointing: true saves memory)"
+        )
+    return Split(share, _micro_batch_size(share, max_images_per_device), accumulates)
+
+
+def _micro_batch_size(share: int, most: int) -> int:
+    return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
 
 
 def load_profile(path: Path) -> Profile:

@@ -143,7 +143,8 @@ def _split(params: Params) -> Iterator[Finding]:
     for task, section in (("classification", params.classification), ("segmentation", params.segmentation)):
         for variant in section.train[:1]:
             batch = section.recipe_for(variant).global_batch_size
-            split = cluster.split(batch, profile.world_size, profile.max_images_per_device)
+            accumulates = task == "classification"
+            split = cluster.split(batch, profile.world_size, profile.max_images_per_device, accumulates=accumulates)
             text = f"batch {batch} = {profile.world_size} ranks x {split.accumulation} x {split.micro_batch_size}"
             yield Finding("ok", task, text)
 

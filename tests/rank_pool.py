@@ -4,7 +4,6 @@ A test module that wants them says `pytest_plugins = "rank_pool"` and asks for `
 PYTEST_DONT_REWRITE: such a module imports this one before pytest could.
 """
 
-import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 MOST_RANKS = 4
+RANKS_A_NODE = 2
 RunOnRanks = Callable[..., list[Any]]
 
 
@@ -21,7 +21,8 @@ RunOnRanks = Callable[..., list[Any]]
 def on_ranks() -> Iterator[RunOnRanks]:
     """`on_ranks(size, function, *arguments)`: `function(world, *arguments)` on `size` ranks, results by rank.
 
-    The function is named by a test module, and its arguments and results are pickled.
+    The function is named by a test module, and its arguments and results are pickled. Four ranks are numbered as on
+    two nodes.
     """
     with ProcessPoolExecutor(MOST_RANKS, get_context("spawn")) as pool:
 
@@ -37,8 +38,10 @@ def on_ranks() -> Iterator[RunOnRanks]:
 
 
 def _as_rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    from torch.distributed import TCPStore
+
     from pipeline import world as ranks
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with ranks.join(rank, size, local_rank=rank, cpus=1) as world:
+    store = TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    with ranks.join(rank, size, rank % RANKS_A_NODE, 1, store) as world:
         return function(world, *arguments)

@@ -114,6 +114,23 @@ def test_an_uneven_split_is_refused() -> None:
         cluster.split(32, 3, 128)
 
 
+def test_batch_norm_refuses_accumulation_and_says_which_layout_fits() -> None:
+    assert cluster.split(32, 2, 16, accumulates=False).accumulation == 1
+    with pytest.raises(UserError, match=r"share of 32 images .* profile of 4 ranks, or max_images_per_device: 32"):
+        cluster.split(32, 1, 12, accumulates=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "most", "expected"), [(1024, 8, 128, (64, 2)), (96, 1, 12, (6, 16)), (6, 2, 3, (1, 3))]
+)
+def test_half_a_micro_batch(batch: int, ranks: int, most: int, expected: tuple[int, int]) -> None:
+    half = cluster.split(batch, ranks, most).halved()
+    assert half is not None
+    assert (half.micro_batch_size, half.accumulation) == expected
+    assert cluster.split(batch, batch, 1).halved() is None
+    assert cluster.split(batch, ranks, batch, accumulates=False).halved() is None
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_cluster_profile_is_valid(path: Path) -> None:
     cluster.load_profile(path)

@@ -29,9 +29,13 @@ NOT_RESULTS = {
     "pipeline.paths",
     "pipeline.tasks",
     "pipeline.train",
+    "pipeline.train.activation_checkpointing",
     "pipeline.train.checkpoint",
     "pipeline.train.history",
+    "pipeline.train.out_of_memory",
+    "pipeline.train.progress",
     "pipeline.train.system",
+    "pipeline.train.task",
 }
 
 

@@ -13,12 +13,14 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 from pipeline import world as ranks
+from pipeline.cluster import split
 from pipeline.errors import UserError
 from pipeline.tasks.device_batch import erase, mix, normalise
 from pipeline.train import checkpoint, history
 from pipeline.train.counted_noise import CountedNoise
-from pipeline.train.loop import Step, train
+from pipeline.train.loop import train
 from pipeline.train.schedule import cosine_by_epoch, polynomial
+from pipeline.train.task import Step
 
 WORLD = ranks.World(0, 1, 0, torch.device("cpu"), 1)
 
@@ -85,8 +87,9 @@ def run(task: ToyTask, folder: Path, micro: int = 8, stop_after: int | None = No
         task,
         WORLD,
         folder,
+        split(task.global_batch_size, 1, micro),
         seed=1,
-        micro_batch_size=micro,
+        activation_checkpointing=False,
         checkpoint_interval_s=1e-9,
         should_stop=lambda: stop_after is not None and next(calls) + 1 >= stop_after,
     )
@@ -137,6 +140,24 @@ def test_nan_stops_the_run_and_names_step_rate_and_samples(tmp_path: Path) -> No
     assert state is not None
     assert state["step"] == 20
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """A finite loss may have a gradient that is not; the next loss tells, but a checkpoint may come before it."""
+
+    class Overflowing(ToyTask):
+        def loss(self, model: nn.Module, *micro_batch: Tensor) -> Tensor:
+            at_last_step_before_a_checkpoint = bool((micro_batch[0] == self.last_images).all())
+            penalty = 0 * (self.model[0].weight[0, 0, 0, 0] * 0).sqrt() if at_last_step_before_a_checkpoint else 0
+            return super().loss(model, *micro_batch) + penalty
+
+    task = Overflowing()
+    task.last_images = next(task.steps(39)).tensors[0]
+    with pytest.raises(UserError, match=r"weights are not finite after the update at step 39 .*ids \[3900, 3901"):
+        run(task, tmp_path)
+    state = checkpoint.load_newest(tmp_path / "checkpoints")
+    assert state is not None
+    assert state["step"] == 20
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

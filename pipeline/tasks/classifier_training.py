@@ -11,16 +11,16 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from pipeline import world as ranks
-from pipeline.cluster import Profile
+from pipeline.cluster import Profile, split
 from pipeline.config import ClassificationRecipe, validate
 from pipeline.data.beton import open_beton
 from pipeline.data.loaders import TrainAugmentation, train_loader
 from pipeline.errors import UserError
 from pipeline.models import create_classifier
-from pipeline.tasks.device_batch import erase, mix, normalise
+from pipeline.tasks.device_batch import at_least_float32, erase, mix, normalise, to_device
 from pipeline.tasks.training import run_recipe
-from pipeline.train.loop import Step
 from pipeline.train.schedule import cosine_by_epoch
+from pipeline.train.task import Step
 
 
 class ClassificationTask:
@@ -46,6 +46,9 @@ class ClassificationTask:
         )
         self.share = recipe.global_batch_size // world.size
         self.rows_loaded = self._rows_loaded()
+        self.first_row_loaded = world.rank * self.share // self.rows_loaded * self.rows_loaded
+        start = world.rank * self.share - self.first_row_loaded
+        self.own_rows = slice(start, start + self.share)
 
     def _mixup(self, num_classes: int) -> Mixup | None:
         if not self.recipe.mixup_alpha and not self.recipe.cutmix_alpha:
@@ -107,33 +110,28 @@ class ClassificationTask:
                 workers=self.world.cpus,
                 image_size=recipe.image_size,
                 augmentation=augmentation,
-                rank=self.world.rank * self.share // self.rows_loaded,
+                rank=self.first_row_loaded // self.rows_loaded,
                 world_size=recipe.global_batch_size // self.rows_loaded,
                 first_batch=first_batch,
             ):
-                yield Step((batch.images, batch.labels), batch.sample_ids)
+                yield Step((batch.images, batch.labels), batch.sample_ids[self.own_rows])
                 step += 1
 
     def prepare(self, batch: Step, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch.tensors)
-        ids = batch.sample_ids
+        images, labels = (to_device(tensor, device) for tensor in batch.tensors)
         if self.mixup is not None:
             group = self.recipe.mixup_group_size
-            first_row = self.world.rank * self.share // self.rows_loaded * self.rows_loaded
-            images, labels = mix(images, labels, self.mixup, group, self.seed, step, first_row // group)
-            start = self.world.rank * self.share - first_row
-            own = slice(start, start + self.share)
-            images, labels, ids = images[own], labels[own], ids[own]
-        images = normalise(images)
+            images, labels = mix(images, labels, self.mixup, group, self.seed, step, self.first_row_loaded // group)
+        images, labels = normalise(images[self.own_rows]), labels[self.own_rows]
         if self.erasing is not None:
             self.erasing.device = device
-            erase(images, ids, self.erasing, self.seed, step // self.steps_per_epoch)
-        return images, labels
+            erase(images, batch.sample_ids, self.erasing, self.seed, step // self.steps_per_epoch)
+        return images.to(next(self.model.parameters()).dtype), labels
 
     def loss(self, model: nn.Module, *micro_batch: Tensor) -> Tensor:
         images, labels = micro_batch
         smoothing = 0.0 if self.mixup is not None else self.recipe.label_smoothing  # mixed labels are smooth already
-        return nn.functional.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
+        return nn.functional.cross_entropy(at_least_float32(model(images)), labels, label_smoothing=smoothing)
 
 
 def train(
@@ -149,5 +147,6 @@ def train(
 ) -> bool:
     """Train one classifier; see `run_recipe` for what is written and returned."""
     checked = validate(ClassificationRecipe, recipe, "recipe")
+    layout = split(checked.global_batch_size, world.size, profile.max_images_per_device)
     task = ClassificationTask(variant, checked, num_classes, Path(beton), seed, world)
-    return run_recipe(task, world, run_folder, profile, seed=seed)
+    return run_recipe(task, world, run_folder, layout, profile, seed=seed)

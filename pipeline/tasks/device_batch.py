@@ -5,6 +5,7 @@ rounded, then normalised, then erased.
 """
 
 import random
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,11 +19,26 @@ IGNORED_LABEL = 255
 MIXING, ERASING = 0x6D6978, 0x657261  # "mix", "era": purposes of draws
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for: from memory that is not pinned it would, until the device is idle."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 `(B, 3, H, W)` to float32 with ImageNet's mean and deviation, in channels_last order."""
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    deviation = torch.tensor(IMAGENET_DEFAULT_STD, device=images.device).view(1, 3, 1, 1) * 255
+    mean, deviation = _mean_and_deviation(images.device)
     return ((images.float() - mean) / deviation).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache
+def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's, for pixels from 0 to 255: `(1, 3, 1, 1)` float32 each, copied to the device once."""
+    mean, deviation = (
+        torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device).view(2, 1, 3, 1, 1) * 255
+    )
+    return mean, deviation
 
 
 def mix(
@@ -65,6 +81,11 @@ def _counted(words: list[int]) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """bfloat16 as float32, for the loss; a model in float64 stays in float64."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def resize_logits(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Logits `(B, C, h, w)` to float32 `(B, C, *size)`, bilinear as mmseg does (align_corners=False)."""
-    return nn.functional.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    """Logits `(B, C, h, w)` to at least float32 `(B, C, *size)`, bilinear as mmseg does (align_corners=False)."""
+    return nn.functional.interpolate(at_least_float32(logits), size, mode="bilinear", align_corners=False)

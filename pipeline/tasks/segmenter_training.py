@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import world as ranks
-from pipeline.cluster import Profile
+from pipeline.cluster import Profile, split
 from pipeline.config import SegmentationRecipe, validate
 from pipeline.data.beton import open_beton
 from pipeline.data.segmentation import SegmentationAugmentation, segmentation_train_loader
 from pipeline.models import create_classifier, create_segmenter, load_released
-from pipeline.tasks.device_batch import IGNORED_LABEL, normalise, resize_logits
+from pipeline.tasks.device_batch import IGNORED_LABEL, normalise, resize_logits, to_device
 from pipeline.tasks.training import run_recipe
-from pipeline.train.loop import Step
 from pipeline.train.schedule import polynomial
+from pipeline.train.task import Step
 
 
 class SegmentationTask:
@@ -86,8 +86,9 @@ class SegmentationTask:
             yield Step((batch.images, batch.labels, batch.sizes), batch.sample_ids)
 
     def prepare(self, batch: Step, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        images, labels, sizes = (tensor.to(device, non_blocking=True) for tensor in batch.tensors)
-        return normalise(images) * _inside(sizes, images.shape[-2], images.shape[-1]), labels
+        images, labels, sizes = (to_device(tensor, device) for tensor in batch.tensors)
+        pixels = normalise(images) * _inside(sizes, images.shape[-2], images.shape[-1])
+        return pixels.to(next(self.model.parameters()).dtype), labels
 
     def loss(self, model: nn.Module, *micro_batch: Tensor) -> Tensor:
         images, labels = micro_batch
@@ -119,5 +120,6 @@ def train(
 ) -> bool:
     """Train one segmenter; see `run_recipe` for what is written and returned."""
     checked = validate(SegmentationRecipe, recipe, "recipe")
+    layout = split(checked.global_batch_size, world.size, profile.max_images_per_device, accumulates=False)
     task = SegmentationTask(variant, checked, num_classes, Path(beton), Path(backbone), backbone_classes, seed, world)
-    return run_recipe(task, world, run_folder, profile, seed=seed)
+    return run_recipe(task, world, run_folder, layout, profile, seed=seed)

@@ -11,25 +11,26 @@ import torch
 
 from pipeline import paths
 from pipeline import world as ranks
-from pipeline.cluster import Profile, split
+from pipeline.cluster import Profile, Split
 from pipeline.train import history, system
-from pipeline.train.loop import Task, train
+from pipeline.train.loop import train
+from pipeline.train.task import Task
 
 
-def run_recipe(task: Task, world: ranks.World, run_folder: Path, profile: Profile, *, seed: int) -> bool:
+def run_recipe(task: Task, world: ranks.World, run_folder: Path, layout: Split, profile: Profile, *, seed: int) -> bool:
     """Train `task` to the end; rank 0 then writes `out/{weights.pt,curve.csv,cost.json}` into the run folder.
 
     Returns and raises what `loop.train` does.
     """
-    layout = split(task.global_batch_size, world.size, profile.max_images_per_device)
     samples = run_folder / "system.jsonl"
     with system.sampled(samples) if world.is_first else nullcontext():
         finished = train(
             task,
             world,
             run_folder,
+            layout,
             seed=seed,
-            micro_batch_size=layout.micro_batch_size,
+            activation_checkpointing=profile.activation_checkpointing,
             checkpoint_interval_s=profile.checkpoint_interval_s,
             should_stop=world.should_stop,
         )

@@ -52,5 +52,5 @@ def progress_line(record: dict[str, Any]) -> str:
         f"{record['images_per_s']:.1f} images/s  {timedelta(seconds=round(record['seconds_left']))} left"
     )
     if record["data_wait"] > 0.05:
-        line += f"  (waiting for data {record['data_wait']:.0%} of the time)"
+        line += f"  (data is the bottleneck: waiting for it {record['data_wait']:.0%} of the time)"
     return line

@@ -1,78 +1,38 @@
 """The loop over optimiser steps: accumulation, ranks, logging, checkpoints, resume."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import world as ranks
-from pipeline.config import Precision
-from pipeline.errors import UserError
-from pipeline.train import checkpoint, history
+from pipeline.cluster import Split
+from pipeline.train import checkpoint, history, out_of_memory
+from pipeline.train.activation_checkpointing import checkpoint_activations
 from pipeline.train.counted_noise import CountedNoise
+from pipeline.train.progress import Interval
 from pipeline.train.sync_batch_norm import synchronise_batch_norms
+from pipeline.train.task import Task
 
 log = logging.getLogger(__name__)
 LOG_INTERVAL_STEPS = 20
 """Also the longest time that a NaN stays unseen: looking at the loss waits for the device."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """This rank's share of one global batch, on the CPU: tensors whose first axis is the image."""
-
-    tensors: tuple[Tensor, ...]
-    sample_ids: Tensor
-
-    @property
-    def images(self) -> int:
-        return len(self.sample_ids)
-
-
-class Task(Protocol):
-    """What the loop has to know of a task."""
-
-    model: nn.Module
-    total_steps: int
-    steps_per_epoch: int
-    global_batch_size: int
-    image_size: int
-    precision: Precision
-
-    def learning_rate(self, step: int) -> float: ...
-
-    def optimizer(self) -> torch.optim.Optimizer: ...
-
-    def steps(self, first_step: int) -> Iterator[Step]:
-        """The rank's batches from `first_step` on; what step k yields does not depend on `first_step`."""
-        ...
-
-    def prepare(self, batch: Step, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        """The share as the model wants it, on the device: tensors whose first axis is the image."""
-        ...
-
-    def loss(self, model: nn.Module, *micro_batch: Tensor) -> Tensor:
-        """Mean loss over a part of what `prepare` gave."""
-        ...
-
-
 def train(
     task: Task,
     world: ranks.World,
     run_folder: Path,
+    layout: Split,
     *,
     seed: int,
-    micro_batch_size: int,
+    activation_checkpointing: bool,
     checkpoint_interval_s: float,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
@@ -82,14 +42,15 @@ def train(
         True when all steps are done, False when `should_stop` ended it (with a checkpoint written).
 
     Raises:
-        UserError: the loss is no longer finite; the checkpoint before it is kept.
+        UserError: the loss is no longer finite, or the memory does not suffice; the checkpoint before it is kept.
     """
     checkpoints, record_file = run_folder / "checkpoints", run_folder / "history.jsonl"
     model = task.model.to(world.device).to(memory_format=torch.channels_last)
     optimizer = task.optimizer()
-    first_step, seconds_before = 0, 0.0
+    first_step, seconds_before, interval = 0, 0.0, Interval(world)
     if (state := checkpoint.load_newest(checkpoints)) is not None:
         first_step, seconds_before = state["step"], state["seconds"]
+        interval = Interval(world, state["interval_losses"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         log.info("going on from step %d of %d", first_step, task.total_steps)
@@ -97,39 +58,43 @@ def train(
     if world.is_first:
         history.cut_back(record_file, first_step)
     noise = CountedNoise(model, seed)
+    if activation_checkpointing:
+        checkpoint_activations(model)
     replica = _replicate(model, world)
     model.train()
 
     started = last_saved = time.monotonic()
-    interval = _Interval(world)
-    step = first_step
-    steps = task.steps(first_step)
+    stop_vote = _StopVote(world)
+    step, steps = first_step, task.steps(first_step)
     while step < task.total_steps:
-        waiting = time.monotonic()
-        batch = next(steps)
-        interval.waited_s += time.monotonic() - waiting
-        for group in optimizer.param_groups:
-            group["lr"] = task.learning_rate(step)
-        share = task.global_batch_size // world.size
-        noise.draw(step, world.rank * share, share, world.device)
-        tensors = task.prepare(batch, step, world.device)
-        interval.add(batch, _step(task, replica, optimizer, tensors, noise, world, micro_batch_size))
+        with out_of_memory.explained(layout, world.device, activation_checkpointing=activation_checkpointing):
+            batch = interval.take(steps)
+            for group in optimizer.param_groups:
+                group["lr"] = task.learning_rate(step)
+            noise.draw(step, world.rank * layout.per_rank, layout.per_rank, world.device)
+            tensors = task.prepare(batch, step, world.device)
+            interval.add_loss(_step(task, replica, optimizer, tensors, noise, world, layout))
         step += 1
 
-        stop = step == task.total_steps or _any_rank(should_stop(), world)
-        if step % LOG_INTERVAL_STEPS and not stop:
+        line_due = step % LOG_INTERVAL_STEPS == 0 or step == task.total_steps
+        stop = step == task.total_steps or stop_vote(should_stop())
+        if not line_due and not stop:
             continue
         seconds = seconds_before + time.monotonic() - started
         entry = interval.finish(task, step, first_step, seconds - seconds_before)
         if world.is_first:
-            history.append(record_file, {**entry, "seconds": seconds, "time_ms": round(time.time() * 1000)})
             log.info(history.progress_line(entry))
+            if line_due:
+                history.append(record_file, {**entry, "seconds": seconds, "time_ms": round(time.time() * 1000)})
             if stop or time.monotonic() - last_saved >= checkpoint_interval_s:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": seconds}
+                # A run that stops between two lines goes on as if it had not: the next line needs these.
+                state["interval_losses"] = [] if line_due else interval.losses
                 checkpoint.save(checkpoints, step, state)
                 last_saved = time.monotonic()
         if stop:
             break
+        interval = Interval(world)
     return step == task.total_steps
 
 
@@ -137,8 +102,15 @@ def _replicate(model: nn.Module, world: ranks.World) -> nn.Module:
     if world.size == 1:
         return model
     synchronise_batch_norms(model)
-    devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(
+        model,
+        [world.device] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,
+        # No parameter is unused, but without this DDP regroups the gradients after its first step. A sum over ranks
+        # rounds by the place in its group, so that the first step after a resume would differ in the last bits.
+        find_unused_parameters=True,
+    )
 
 
 def _step(
@@ -148,84 +120,46 @@ def _step(
     tensors: tuple[Tensor, ...],
     noise: CountedNoise,
     world: ranks.World,
-    micro_batch_size: int,
+    layout: Split,
 ) -> Tensor:
     """One optimiser step; returns the rank's mean loss, still on the device."""
     optimizer.zero_grad(set_to_none=True)
-    images = len(tensors[0])
-    total = torch.zeros((), device=world.device)
-    for offset in range(0, images, micro_batch_size):
-        micro_batch = tuple(tensor[offset : offset + micro_batch_size] for tensor in tensors)
-        noise.select(offset, micro_batch_size)
-        last = offset + micro_batch_size >= images
+    losses = []
+    size = layout.micro_batch_size
+    for offset in range(0, layout.per_rank, size):
+        micro_batch = tuple(tensor[offset : offset + size] for tensor in tensors)
+        noise.select(offset, size)
+        last = offset + size == layout.per_rank
         with nullcontext() if last or world.size == 1 else model.no_sync():  # type: ignore[operator]
             with ranks.autocast(world.device, task.precision):
                 loss = task.loss(model, *micro_batch)
-            part = loss * (len(micro_batch[0]) / images)
-            part.backward()
-        total += part.detach()
+            (loss / layout.accumulation).backward()
+        losses.append(loss.detach())
     optimizer.step()
-    return total
+    return torch.stack(losses).mean()
 
 
-def _any_rank(flag: bool, world: ranks.World) -> bool:
-    if world.size == 1:
-        return flag
-    votes = torch.tensor(float(flag), device=world.device)
-    dist.all_reduce(votes)
-    return bool(votes.item() > 0)
+class _StopVote:
+    """Whether any rank wants to stop, asked at each step.
 
-
-class _Interval:
-    """What happened since the last line of the history."""
+    Several GPUs answer with what they were asked a step ago: the host must not wait for them to catch up.
+    """
 
     def __init__(self, world: ranks.World) -> None:
         self.world = world
-        self.reset()
+        self.asked: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def reset(self) -> None:
-        self.started, self.waited_s, self.images = time.monotonic(), 0.0, 0
-        self.losses: list[Tensor] = []
-        self.sample_ids: list[Tensor] = []
-
-    def add(self, batch: Step, loss: Tensor) -> None:
-        self.losses.append(loss)
-        self.sample_ids.append(batch.sample_ids)
-        self.images += batch.images * self.world.size
-
-    def finish(self, task: Task, step: int, first_step: int, seconds: float) -> dict[str, Any]:
-        losses = torch.stack(self.losses)
-        if self.world.size > 1:
-            dist.all_reduce(losses, dist.ReduceOp.SUM)
-            losses /= self.world.size
-        values = losses.tolist()
-        first = step - len(values)
-        for index, value in enumerate(values):
-            if not math.isfinite(value):
-                ids = self.sample_ids[index][:16].tolist()
-                raise UserError(
-                    f"the loss is {value} at step {first + index} (learning rate "
-                    f"{task.learning_rate(first + index):.3g}, sample ids {ids}…): the checkpoint before it is kept; "
-                    "lower the learning rate, or set precision to fp32, and start again"
-                )
-        elapsed = time.monotonic() - self.started
-        entry = {
-            "step": step,
-            "total_steps": task.total_steps,
-            "epoch": step / task.steps_per_epoch,
-            "loss": sum(values) / len(values),
-            "learning_rate": task.learning_rate(step - 1),
-            "images_per_s": self.images / elapsed,
-            "data_wait": self.waited_s / elapsed,
-            "seconds_left": (task.total_steps - step) * seconds / (step - first_step),
-            "peak_memory_gb": _peak_memory_gb(self.world.device),
-        }
-        self.reset()
-        return entry
-
-
-def _peak_memory_gb(device: torch.device) -> float:
-    """Of the device, or on a CPU the process's resident set now, in 2**30 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return float(psutil.Process().memory_info().rss) / 2**30
+    def __call__(self, wants: bool) -> bool:
+        if self.world.size == 1:
+            return wants
+        votes = torch.full((), float(wants), device=self.world.device)
+        dist.all_reduce(votes)
+        if self.world.device.type == "cpu":
+            return bool(votes > 0)
+        before, answered = self.asked, torch.cuda.Event()
+        self.asked = votes.to("cpu", non_blocking=True), answered
+        answered.record()
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0] > 0)

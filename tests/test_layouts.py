@@ -1,0 +1,210 @@
+"""The same training on any layout: one rank, accumulation, several ranks, stopped and resumed on another one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_runs import (
+    CLASSIFICATION,
+    SEGMENTATION,
+    Training,
+    digests,
+    largest_difference,
+    make_data,
+    make_task,
+    newest,
+    run_rank,
+)
+from rank_pool import RunOnRanks
+
+from pipeline import world as ranks
+from pipeline.errors import UserError
+from pipeline.train import history
+
+pytest_plugins = "rank_pool"
+RECIPES = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
+# Name -> ranks and largest micro-batch of each part of the run, and the step at which each but the last one stops.
+LAYOUTS: dict[str, tuple[tuple[int, int, int | None], ...]] = {
+    "1 rank": ((1, 1000, None),),
+    "1 rank, 4 micro-batches": ((1, 4, None),),
+    "4 ranks": ((4, 1000, None),),
+    "2 ranks, then 1 rank of 4 micro-batches": ((2, 1000, 7), (1, 4, None)),
+}
+Rows = list[list[tuple[int, str]]]
+Trained = Callable[[str, str], tuple[Rows, dict[str, Any]]]
+
+
+def joined(by_rank: list[Rows]) -> Rows:
+    """The global batches' rows, in order."""
+    return [list(chain(*parts)) for parts in zip(*by_rank, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, on_ranks: RunOnRanks, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """`trained(task, layout)`: the rows of each global batch, and the last checkpoint."""
+    done: dict[tuple[str, str], tuple[Rows, dict[str, Any]]] = {}
+
+    def train(task: str, layout: str) -> tuple[Rows, dict[str, Any]]:
+        if (task, layout) not in done:
+            folder, rows = tmp_path_factory.mktemp("run"), []
+            for size, most, stop_after in LAYOUTS[layout]:
+                training = Training(data, folder, RECIPES[task], "float64", most, stop_after=stop_after)
+                by_rank = on_ranks(size, run_rank, training)
+                rows += joined(by_rank)
+            done[task, layout] = rows, newest(folder)
+        return done[task, layout]
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("task", "layout"),
+    [
+        ("classification", "1 rank, 4 micro-batches"),
+        ("classification", "4 ranks"),
+        ("classification", "2 ranks, then 1 rank of 4 micro-batches"),
+        ("segmentation", "4 ranks"),
+    ],
+)
+def test_the_layout_changes_no_input_and_weights_by_rounding(trained: Trained, task: str, layout: str) -> None:
+    whole_rows, whole = trained(task, "1 rank")
+    rows, state = trained(task, layout)
+    assert rows == whole_rows
+    assert state["step"] == whole["step"] == 20
+    assert largest_difference(state["model"], whole["model"]) < 1e-9
+
+
+def test_the_data_is_what_it_should_be(trained: Trained) -> None:
+    """Twenty steps are more than an epoch, whose last images make no whole batch; augmentation differs by epoch."""
+    rows, state = trained("classification", "1 rank")
+    assert [len(step) for step in rows] == [16] * 20
+    first_epoch, second_epoch = list(chain(*rows[:16])), list(chain(*rows[16:]))
+    assert len({number for number, _ in first_epoch}) == 256
+    assert not set(second_epoch) & set(first_epoch)
+    assert state["model"]["stem.conv.weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_a_resume_on_the_same_layout_is_exact_to_the_bit(
+    data: Path, on_ranks: RunOnRanks, tmp_path: Path, task: str
+) -> None:
+    """Four ranks, as the order in which two are summed makes no difference."""
+    training = Training(data, tmp_path / "whole", RECIPES[task].model_copy(update={"max_steps": 5}), "float32")
+    on_ranks(4, run_rank, training)
+    for stop_after in (2, None):
+        on_ranks(4, run_rank, replace(training, folder=tmp_path / "resumed", stop_after=stop_after))
+    whole, resumed = newest(tmp_path / "whole"), newest(tmp_path / "resumed")
+    assert largest_difference(whole["model"], resumed["model"]) == 0
+    for number, moments in whole["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, resumed["optimizer"]["state"][number][name])
+    curves = [
+        [[record[key] for key in history.CURVE_COLUMNS] for record in history.read(tmp_path / name / "history.jsonl")]
+        for name in ("whole", "resumed")
+    ]
+    assert curves[0] == curves[1]
+    assert [record[0] for record in curves[0]] == [5]
+
+
+def prepared(world: ranks.World, training: Training) -> Rows:
+    """What the model would get in the first two steps."""
+    task = make_task(training, world)
+    steps = task.steps(0)
+    batches = [next(steps) for _ in range(2)]
+    return [
+        list(zip(batch.sample_ids.tolist(), digests(task.prepare(batch, step, world.device)), strict=True))
+        for step, batch in enumerate(batches)
+    ]
+
+
+def test_the_papers_mixing_groups_are_the_same_however_they_are_spread(
+    data: Path, on_ranks: RunOnRanks, tmp_path: Path
+) -> None:
+    recipe = CLASSIFICATION.model_copy(update={"global_batch_size": 256, "mixup_group_size": 128})
+    whole = on_ranks(1, prepared, Training(data, tmp_path, recipe))[0]
+    for size in (2, 4):
+        by_rank = on_ranks(size, prepared, Training(data, tmp_path, recipe))
+        assert joined(by_rank) == whole
+    smaller_groups = recipe.model_copy(update={"mixup_group_size": 64})
+    assert on_ranks(1, prepared, Training(data, tmp_path, smaller_groups))[0] != whole
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_activation_checkpointing_changes_no_bit(data: Path, on_ranks: RunOnRanks, tmp_path: Path, task: str) -> None:
+    recipe = RECIPES[task].model_copy(update={"max_steps": 3})
+    most = 4 if task == "classification" else 1000
+    training = Training(data, tmp_path / "kept", recipe, "float32", most)
+    on_ranks(2, run_rank, training)
+    on_ranks(2, run_rank, replace(training, folder=tmp_path / "recomputed", activation_checkpointing=True))
+    kept, recomputed = newest(tmp_path / "kept"), newest(tmp_path / "recomputed")
+    assert largest_difference(kept["model"], recomputed["model"]) == 0
+
+
+def failure(world: ranks.World, training: Training, spoil: Callable[[ranks.World, Any], None]) -> str:
+    try:
+        run_rank(world, training, spoil)
+    except UserError as error:
+        return str(error)
+    except RuntimeError as error:
+        return f"not our own: {error}"
+    return "none"
+
+
+def spoil_step_5_on_rank_1(world: ranks.World, task: Any) -> None:
+    prepare = task.prepare
+
+    def spoiled(batch: Any, step: int, device: torch.device) -> Any:
+        images, labels = prepare(batch, step, device)
+        if (world.rank, step) == (1, 5):
+            images[0] = torch.nan
+        return images, labels
+
+    task.prepare = spoiled
+
+
+def test_a_loss_that_is_not_finite_names_the_samples_of_its_rank(
+    data: Path, on_ranks: RunOnRanks, tmp_path: Path
+) -> None:
+    recipe = CLASSIFICATION.model_copy(update={"max_steps": 8})
+    training = Training(data, tmp_path, recipe, "float32", stop_after=3)
+    on_ranks(2, run_rank, training)
+    rank_1_at_step_5 = on_ranks(2, run_rank, replace(training, folder=tmp_path / "whole", stop_after=None))[1][5]
+    ids = [number for number, _ in rank_1_at_step_5]
+    messages = on_ranks(2, failure, replace(training, stop_after=None), spoil_step_5_on_rank_1)
+    assert messages[0] == messages[1]
+    assert "the loss is nan at step 5 (learning rate 0.0001, " in messages[0]
+    assert f"sample ids {ids})" in messages[0]
+    state = newest(tmp_path)
+    assert state["step"] == 3
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def too_much_at_step_1_on_rank_1(world: ranks.World, task: Any) -> None:
+    prepare = task.prepare
+
+    def greedy(batch: Any, step: int, device: torch.device) -> Any:
+        if (world.rank, step) == (1, 1):
+            torch.empty(2**46)  # no machine gives 256 TiB
+        return prepare(batch, step, device)
+
+    task.prepare = greedy
+
+
+def test_out_of_memory_on_one_rank_ends_all_and_says_what_would_fit(
+    data: Path, on_ranks: RunOnRanks, tmp_path: Path
+) -> None:
+    training = Training(data, tmp_path, CLASSIFICATION, "float32", max_images_per_device=4)
+    messages = on_ranks(2, failure, training, too_much_at_step_1_on_rank_1)
+    assert messages[0].startswith("not our own: "), messages[0]  # it lost its peer
+    assert "out of memory with 4 images at a time on one device (" in messages[1]
+    assert "max_images_per_device: 2 needs about half (4 micro-batches a step in place of 2, " in messages[1]
+    assert "activation_checkpointing: true" in messages[1]
