@@ -1,14 +1,19 @@
-"""The two real trainings on small real data, on any layout."""
+"""The two real trainings on small real data, on any layout.
+
+`python tests/layout_runs.py FOLDER` measures the table of docs/layouts.md (20 minutes on two cores).
+"""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from rank_pool import rank_pool
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -69,6 +74,15 @@ SEGMENTATION = SegmentationRecipe(
     precision="fp32",
 )
 
+# Name -> ranks and largest micro-batch of each part of the run, and the step at which each but the last one stops.
+LAYOUTS: dict[str, tuple[tuple[int, int, int | None], ...]] = {
+    "1 rank": ((1, 1000, None),),
+    "1 rank, 4 micro-batches": ((1, 4, None),),
+    "2 ranks": ((2, 1000, None),),
+    "4 ranks": ((4, 1000, None),),
+    "2 ranks, then 1 rank of 4 micro-batches": ((2, 1000, 7), (1, 4, None)),
+}
+
 
 @dataclass(frozen=True)
 class Training:
@@ -110,6 +124,14 @@ def _part(photograph: Image.Image, random: np.random.Generator) -> Image.Image:
     width, height = (int(side) for side in random.integers(50, 90, 2))
     left, top = (int(random.integers(0, most)) for most in (photograph.width - width, photograph.height - height))
     return photograph.crop((left, top, left + width, top + height))
+
+
+def parts(training: Training, layout: str) -> list[tuple[int, Training]]:
+    """The number of ranks of each part of a run, and what they train."""
+    return [
+        (size, replace(training, max_images_per_device=most, stop_after=stop_after))
+        for size, most, stop_after in LAYOUTS[layout]
+    ]
 
 
 def make_task(training: Training, world: ranks.World) -> Task:
@@ -184,3 +206,37 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     """Over all weights and running statistics."""
     assert one.keys() == other.keys()
     return max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
+
+
+def measure(folder: Path) -> None:
+    """Print each layout's difference from one rank after 20 steps, as a Markdown table."""
+    data = make_data(folder)
+    print("| task | precision | layout | largest | relative |\n| --- | --- | --- | --- | --- |")
+    with rank_pool() as on_ranks:
+        for task, recipe in (("classification", CLASSIFICATION), ("segmentation", SEGMENTATION)):
+            for precision in ("fp64", "fp32", "bf16"):
+                dtype: Literal["float32", "float64"] = "float64" if precision == "fp64" else "float32"
+                recipe = recipe.model_copy(update={"precision": "bf16" if precision == "bf16" else "fp32"})
+                weights: dict[str, dict[str, Tensor]] = {}
+                for layout in LAYOUTS:
+                    if task == "segmentation" and "micro" in layout:
+                        continue
+                    training = Training(data, folder / f"{task} {precision} {layout}", recipe, dtype)
+                    for size, part in parts(training, layout):
+                        on_ranks(size, run_rank, part)
+                    weights[layout] = newest(training.folder)["model"]
+                    one = weights["1 rank"]
+                    start = make_task(training, ranks.alone()).model.state_dict()
+                    relative = distance(one, weights[layout]) / distance(one, start)
+                    largest = largest_difference(one, weights[layout])
+                    print(f"| {task} | {precision} | {layout} | {largest:.1e} | {relative:.1e} |", flush=True)
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The Euclidean distance of all weights."""
+    return sum(float((one[key].double() - other[key].double()).square().sum()) for key in one) ** 0.5
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    measure(Path(sys.argv[1]))

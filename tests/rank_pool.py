@@ -7,6 +7,7 @@ PYTEST_DONT_REWRITE: such a module imports this one before pytest could.
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -17,9 +18,9 @@ RANKS_A_NODE = 2
 RunOnRanks = Callable[..., list[Any]]
 
 
-@pytest.fixture(scope="session")
-def on_ranks() -> Iterator[RunOnRanks]:
-    """`on_ranks(size, function, *arguments)`: `function(world, *arguments)` on `size` ranks, results by rank.
+@contextmanager
+def rank_pool() -> Iterator[RunOnRanks]:
+    """Yields `run(size, function, *arguments)`: `function(world, *arguments)` on `size` ranks, results by rank.
 
     The function is named by a test module, and its arguments and results are pickled. Four ranks are numbered as on
     two nodes.
@@ -34,6 +35,13 @@ def on_ranks() -> Iterator[RunOnRanks]:
             jobs = [pool.submit(_as_rank, rank, size, port, function, arguments) for rank in range(size)]
             return [job.result() for job in jobs]
 
+        yield run
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Iterator[RunOnRanks]:
+    """See `rank_pool`."""
+    with rank_pool() as run:
         yield run
 
 

@@ -17,6 +17,7 @@ from layout_runs import (
     make_data,
     make_task,
     newest,
+    parts,
     run_rank,
 )
 from rank_pool import RunOnRanks
@@ -27,13 +28,6 @@ from pipeline.train import history
 
 pytest_plugins = "rank_pool"
 RECIPES = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
-# Name -> ranks and largest micro-batch of each part of the run, and the step at which each but the last one stops.
-LAYOUTS: dict[str, tuple[tuple[int, int, int | None], ...]] = {
-    "1 rank": ((1, 1000, None),),
-    "1 rank, 4 micro-batches": ((1, 4, None),),
-    "4 ranks": ((4, 1000, None),),
-    "2 ranks, then 1 rank of 4 micro-batches": ((2, 1000, 7), (1, 4, None)),
-}
 Rows = list[list[tuple[int, str]]]
 Trained = Callable[[str, str], tuple[Rows, dict[str, Any]]]
 
@@ -56,10 +50,8 @@ def trained(data: Path, on_ranks: RunOnRanks, tmp_path_factory: pytest.TempPathF
     def train(task: str, layout: str) -> tuple[Rows, dict[str, Any]]:
         if (task, layout) not in done:
             folder, rows = tmp_path_factory.mktemp("run"), []
-            for size, most, stop_after in LAYOUTS[layout]:
-                training = Training(data, folder, RECIPES[task], "float64", most, stop_after=stop_after)
-                by_rank = on_ranks(size, run_rank, training)
-                rows += joined(by_rank)
+            for size, training in parts(Training(data, folder, RECIPES[task]), layout):
+                rows += joined(on_ranks(size, run_rank, training))
             done[task, layout] = rows, newest(folder)
         return done[task, layout]
 

@@ -1,6 +1,7 @@
 """The engine: schedules against timm's, accumulation, resume to the bit, damaged checkpoints, counted draws."""
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +112,21 @@ def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
     whole, parts = run(ToyTask(), tmp_path / "a"), run(ToyTask(), tmp_path / "b", micro=2)
     for key, value in whole.items():
         torch.testing.assert_close(value, parts[key], rtol=1e-4, atol=1e-5)
+
+
+def test_waiting_for_data_is_measured_and_said(tmp_path: Path) -> None:
+    class SlowData(ToyTask):
+        def steps(self, first_step: int) -> Iterator[Step]:
+            for batch in super().steps(first_step):
+                time.sleep(0.01)
+                yield batch
+
+    run(SlowData(), tmp_path)
+    record = history.read(tmp_path / "history.jsonl")[0]
+    elapsed_s = record["step"] * ToyTask.global_batch_size / record["images_per_s"]
+    assert 0.01 * record["step"] <= record["data_wait"] * elapsed_s <= elapsed_s
+    assert "data is the bottleneck: waiting for it 30%" in history.progress_line({**record, "data_wait": 0.3})
+    assert "bottleneck" not in history.progress_line({**record, "data_wait": 0.01})
 
 
 def test_a_damaged_checkpoint_costs_one_interval(tmp_path: Path) -> None:
