@@ -209,7 +209,7 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 
 
 def measure(folder: Path) -> None:
-    """Print each layout's difference from one rank after 20 steps, as a Markdown table."""
+    """Print how far from one rank's weights each layout's are after 20 steps, as a Markdown table."""
     data = make_data(folder)
     print("| task | precision | layout | largest | relative |\n| --- | --- | --- | --- | --- |")
     with rank_pool() as on_ranks:
@@ -217,24 +217,43 @@ def measure(folder: Path) -> None:
             for precision in ("fp64", "fp32", "bf16"):
                 dtype: Literal["float32", "float64"] = "float64" if precision == "fp64" else "float32"
                 recipe = recipe.model_copy(update={"precision": "bf16" if precision == "bf16" else "fp32"})
-                weights: dict[str, dict[str, Tensor]] = {}
-                for layout in LAYOUTS:
-                    if task == "segmentation" and "micro" in layout:
-                        continue
-                    training = Training(data, folder / f"{task} {precision} {layout}", recipe, dtype)
-                    for size, part in parts(training, layout):
-                        on_ranks(size, run_rank, part)
-                    weights[layout] = newest(training.folder)["model"]
-                    one = weights["1 rank"]
-                    start = make_task(training, ranks.alone()).model.state_dict()
-                    relative = distance(one, weights[layout]) / distance(one, start)
-                    largest = largest_difference(one, weights[layout])
-                    print(f"| {task} | {precision} | {layout} | {largest:.1e} | {relative:.1e} |", flush=True)
+                shared = Training(data, folder / f"{task} {precision}", recipe, dtype)
+                model = make_task(shared, ranks.alone()).model
+                start = dict(model.named_parameters())
+                on_ranks(1, run_rank, shared)
+                one = _parameters(shared, model)
+                runs = {
+                    layout: parts(shared, layout)
+                    for layout in list(LAYOUTS)[1:]
+                    if task == "classification" or "micro-batches" not in layout
+                }
+                for name in (*runs, "1 rank, last bits of the starting weights changed"):
+                    other = replace(shared, folder=folder / f"{task} {precision} {name}")
+                    for size, part in runs.get(name, [(1, shared)]):
+                        spoil = () if name in runs else (change_last_bits,)
+                        on_ranks(size, run_rank, replace(part, folder=other.folder), *spoil)
+                    weights = _parameters(other, model)
+                    relative = distance(one, weights) / distance(one, start)
+                    largest = largest_difference(one, weights)
+                    print(f"| {task} | {precision} | {name} | {largest:.1e} | {relative:.1e} |", flush=True)
+
+
+def change_last_bits(world: ranks.World, task: Task) -> None:
+    """Each starting weight up or down by at most a unit in the last place of float32."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in task.model.parameters():
+            weight.mul_(1 + (torch.randint(0, 3, weight.shape, generator=generator) - 1) * 2.0**-23)
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The Euclidean distance of all weights."""
     return sum(float((one[key].double() - other[key].double()).square().sum()) for key in one) ** 0.5
+
+
+def _parameters(training: Training, model: torch.nn.Module) -> dict[str, Tensor]:
+    state = newest(training.folder)["model"]
+    return {name: state[name] for name, _ in model.named_parameters()}
 
 
 if __name__ == "__main__":
