@@ -23,6 +23,8 @@ MAX_FAILURES = 3
 """So many failures one after another without a newer checkpoint end a run."""
 LOG_LINES = 15
 FOLDERS = "folders.json"
+BEGINS = "== attempt"
+"""With the attempt's name, a line of the batch script's at its start."""
 _FOLLOWS = re.compile(
     r"connection (was )?(reset|closed|refused)|broken pipe|gloo|nccl|socket|store|process group|remote process", re.I
 )
@@ -46,10 +48,10 @@ class Attempt:
         return cls(job, int(variables.get("SLURM_RESTART_COUNT", "0")))
 
     @classmethod
-    def latest(cls, folder: Path, job: str) -> "Attempt":
-        """The last attempt of a job that left an error in its run folder, or else its first."""
-        restarts = [int(path.name.split(".")[1]) for path in folder.glob(f"errors/{job}.*.json")]
-        return cls(job, max(restarts, default=0))
+    def latest(cls, job: Job) -> "Attempt":
+        """The last attempt of a job, by its log."""
+        begun = re.findall(rf"^{BEGINS} \S+\.(\d+)$", _text(job.log), re.M)
+        return cls(str(job.job_id), int(begun[-1]) if begun else 0)
 
     def __str__(self) -> str:
         return f"{self.job}.{self.restart}"
@@ -121,7 +123,8 @@ def _first_error(folder: Path, attempt: Attempt, log_file: Path) -> tuple[str, b
             return cause["message"], True
         return f"rank {cause['rank']} on {cause['node']}: {cause['message']}", False
     spoke = {str(error["rank"]) for error in found}
-    for node, tasks, how in reversed(_SRUN.findall(_text(log_file))):
+    own_part = _text(log_file).rpartition(f"{BEGINS} {attempt}\n")[2]
+    for node, tasks, how in _SRUN.findall(own_part):
         if not set(tasks.split(",")) <= spoke:
             return f"rank {tasks} on {node} ended without a word: {how}", False
     return (f"rank {found[0]['rank']} on {found[0]['node']}: {found[0]['message']}", False) if found else None

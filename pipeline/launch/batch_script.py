@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
+from pipeline.launch import attempts
 from pipeline.launch.slurm import UnreachableError, environment
 from pipeline.launch.worker import Worker
 
@@ -89,6 +90,7 @@ def _before(jobs: Path, token: str, profile: Profile) -> list[str]:
         "trap : TERM  # wait for the ranks, then see below",
         f"jobs={shlex.quote(str(jobs))}",
         "id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+        f'echo "{attempts.BEGINS} $id.${{SLURM_RESTART_COUNT:-0}}"',
         f'[ -e "$jobs/${{id}}_submitted.pkl" ] || {{ cp "$jobs/{token}.pkl" "$jobs/.$id.pkl" && '
         'mv "$jobs/.$id.pkl" "$jobs/${id}_submitted.pkl"; }',
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",

@@ -94,7 +94,7 @@ def _give_up_or_go_on(run: Run, job: Job, end: Status) -> None:
     """
     if end.state == "CANCELLED":
         raise UserError(f"job {job.job_id} of {run.label} was cancelled; `dvc repro` goes on from its last checkpoint")
-    attempt = Attempt.latest(run.folder, str(job.job_id))
+    attempt = Attempt.latest(job)
     before = record.failures(run.folder)
     if not before or before[-1].again or before[-1].attempt != str(attempt):
         # Its batch script noted no end: a local job, or a time limit, too little memory, a Slurm that lost it.

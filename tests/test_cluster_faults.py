@@ -1,0 +1,298 @@
+"""Faults on a real Slurm: each is done to a real two-node training, which must end with an undisturbed run's weights.
+
+It trains S12 on the digits at 32 px, one rank on each node of slurm/dev_cluster, with a checkpoint every 20 steps.
+Faults share a job where that keeps them honest. `pytest -s` prints what each cost; docs/cluster.md has a table of it.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Checkout
+from slurm_cluster import SlurmCluster, wait_until
+
+pytest_plugins = "slurm_cluster"
+
+STEPS = 240
+INTERVAL = 20  # steps between two checkpoints
+RUN = Path("runs/train_classifier/poolformer_s12-0")
+COMMAND = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12", "0"]
+PROFILE = """
+kind: slurm
+nodes: 2
+gpus_per_node: 0
+cpus_per_task: 1
+partition: main
+time_min: 30
+signal_delay_s: 60
+checkpoint_interval_s: 0.001
+environment:
+  SLURM_CONF: /run/slurm_dev/slurm.conf
+  GLOO_SOCKET_IFNAME: lo
+"""
+
+
+class Training:
+    """A checkout with its data, and what can be seen of the training in it."""
+
+    def __init__(self, folder: Path, cluster: SlurmCluster) -> None:
+        self.cluster = cluster
+        self.checkout = Checkout(folder)
+        self.checkout.environment |= {
+            "PIPELINE_CLUSTER": "slurm/faults.yaml",
+            "SLURM_CONF": "/run/slurm_dev/slurm.conf",
+        }
+        (folder / "slurm/faults.yaml").write_text(PROFILE)
+        short = [f"classification.recipe.max_steps={STEPS}", "classification.recipe.epochs=10"]
+        self.checkout.pipeline("compose", "scale=demo", "classification.train=[poolformer_s12]", *short)
+        self.folder = folder / RUN
+        self.outputs: list[Path] = []
+        self.forgotten: set[str] = set()  # jobs of runs before
+
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        """A stage, or another command, in the background; its output goes to a file."""
+        self.outputs.append(self.checkout.folder / f"output-{len(self.outputs)}.txt")
+        with self.outputs[-1].open("w") as stream:
+            return subprocess.Popen(
+                command or COMMAND,
+                cwd=self.checkout.folder,
+                env=self.checkout.environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+
+    def finish(self, stage: subprocess.Popen[bytes]) -> None:
+        assert stage.wait(timeout=180) == 0, self.outputs[-1].read_text()
+
+    @property
+    def job(self) -> str:
+        return str(json.loads((self.folder / "job.json").read_text())["job_id"])
+
+    def log(self) -> str:
+        path = self.folder / "log.txt"
+        return path.read_text() if path.exists() else ""
+
+    def step(self) -> int:
+        """The last step that the history has."""
+        path = self.folder / "history.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    def resumes(self) -> list[int]:
+        """Steps from which attempts went on."""
+        return [int(step) for step in re.findall(r"going on from step (\d+)", self.log())]
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The ranks' processes."""
+        found = {}
+        for process in psutil.process_iter(["cmdline"]):
+            if "submitit.core._submit" not in (process.info["cmdline"] or []):
+                continue
+            try:
+                environment = process.environ()
+            except psutil.Error:
+                continue
+            if environment.get("SLURM_JOB_ID") == self.job.split("_")[0] and process.name() != "srun":
+                found[int(environment.get("SLURM_PROCID", "-1"))] = process
+        return {rank: process for rank, process in found.items() if rank >= 0}
+
+    def submitted(self) -> set[str]:
+        """Every job of this run that Slurm remembers, ended or not."""
+        listed = self.cluster.run(
+            "squeue", "-h", "-a", "-t", "all", "-o", "%i %Z", "-n", "train_classifier-poolformer_s12-0"
+        )
+        found = {line.split()[0] for line in listed.splitlines() if line.endswith(str(self.checkout.folder))}
+        return found - self.forgotten
+
+    def weights(self) -> bytes:
+        return (self.checkout.folder / "models/classifier/poolformer_s12-0.pt").read_bytes()
+
+    def failures(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "failures.jsonl").read_text().splitlines()]
+
+    def assert_nothing_left(self) -> None:
+        """No job waits or runs, no rank is alive."""
+        wait_until(lambda: not self.cluster.run("squeue", "-h"), "an empty queue", 30)
+        assert not self.ranks()
+
+
+@pytest.fixture(scope="module")
+def training(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    made = Training(tmp_path_factory.mktemp("faults"), slurm_cluster)
+    made.checkout.pipeline("prepare_imagenet")
+    made.checkout.pipeline("convert_imagenet")
+    yield made
+    slurm_cluster.up()
+    for line in slurm_cluster.run("squeue", "-h", "-o", "%i %Z").splitlines():
+        if line.endswith(str(made.checkout.folder)):
+            slurm_cluster.run("scancel", line.split()[0])
+    print("\n" + "\n".join(COSTS))
+
+
+COSTS: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(training: Training) -> bytes:
+    """The weights file of a run to which nothing happened."""
+    training.finish(training.start())
+    assert training.resumes() == []
+    weights = training.weights()
+    forget(training)
+    return weights
+
+
+def forget(training: Training) -> None:
+    """The next run is the first again."""
+    training.assert_nothing_left()
+    training.forgotten |= training.submitted()
+    subprocess.run(["rm", "-rf", training.folder], check=True)
+
+
+def disturb(training: Training, name: str, fault: Callable[[], object]) -> None:
+    """Do something to the running training and wait until it goes on; notes steps lost and seconds until it did."""
+    attempts, before = len(training.resumes()), training.step()
+    wait_until(lambda: training.step() >= before + INTERVAL, f"progress before {name}", 120)
+    started = time.monotonic()
+    fault()
+    wait_until(lambda: len(training.resumes()) > attempts, f"going on after {name}", 120)
+    took_s = time.monotonic() - started
+    resumed = training.resumes()[-1]
+    *_, reached = re.findall(r" step (\d+)/", training.log().rpartition("going on from")[0])
+    lost = int(reached) - resumed
+    COSTS.append(f"{name} | goes on from step {resumed}, {lost} logged steps lost | {took_s:.0f} s")
+    assert lost <= INTERVAL
+
+
+def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Training, undisturbed: bytes) -> None:
+    """One job: preempted, signalled, requeued, a node without power, a rank killed, controller and accounting away.
+
+    Two stages start it at one moment; one is killed in the middle, and the one that goes on waiting collects it.
+    """
+    cluster = training.cluster
+    stages = [training.start(), training.start()]
+    wait_until(lambda: training.step() >= INTERVAL, "the first steps", 120)
+    job = training.job
+
+    preempting = ("srun", "--partition=priority", "--nodes=2", "--exclusive", "true")
+    disturb(training, "preemption by another job", lambda: cluster.run(*preempting))
+    assert "SIGUSR2: stopping after this step" in training.log()
+    stages[0].kill()
+    stages[0].wait()
+    disturb(training, "scancel --signal=USR2", lambda: cluster.run("scancel", "--signal=USR2", job))
+    disturb(training, "scontrol requeue", lambda: cluster.run("scontrol", "requeue", job))
+    disturb(training, "kill -9 of one rank", lambda: training.ranks()[1].kill())
+    assert "rank 1 on n2 ended without a word: Killed" in training.failures()[0]["message"]
+    disturb(training, "a node without power", lambda: (cluster.kill("n2"), time.sleep(3), cluster.up()))
+
+    started = time.monotonic()
+    os.kill(cluster.pid("slurmctld"), signal.SIGTERM)
+    cluster.kill("slurmdbd")
+    wait_until(lambda: "Slurm does not answer" in training.outputs[1].read_text(), "word of it", 60)
+    cluster.up()
+    COSTS.append(f"slurmctld and slurmdbd away | trains on | {time.monotonic() - started:.0f} s away")
+    training.finish(stages[1])
+    assert training.submitted() == {job}
+    assert training.weights() == undisturbed
+    forget(training)
+
+
+def test_a_launcher_killed_while_it_submits_leaves_one_job_that_is_found(training: Training) -> None:
+    """slurmctld does not answer; the launcher is killed while sbatch waits for it, which then submits after all."""
+    cluster = training.cluster
+    controller = cluster.pid("slurmctld")
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        launcher = training.start()
+        wait_until(lambda: "sbatch" in names_of_children(launcher.pid), "sbatch", 60)
+        launcher.kill()
+        launcher.wait()
+        assert json.loads((training.folder / "job.json").read_text())["job_id"] is None
+        second = training.start()
+        time.sleep(2)
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    wait_until(lambda: "attached to slurm job" in training.outputs[-1].read_text(), "the attachment", 60)
+    assert training.submitted() == {training.job}
+    COSTS.append("kill -9 of the launcher while it submits | the next attaches to the job that sbatch made | -")
+
+    # The same job goes on to lose a rank three times before its first checkpoint, with no accounting.
+    cluster.kill("slurmdbd")
+    killed: set[int] = set()
+    while len(killed) < 3:
+        wait_until(lambda: kill_once(training.ranks().get(1), killed), "a rank to kill", 60)
+    assert second.wait(timeout=90) == 1
+    said = training.outputs[-1].read_text()
+    assert "failed 3 times without getting beyond step 0: rank 1 on n2 ended without a word: Killed" in said
+    assert "log.out" in said
+    assert "Traceback" not in said
+    assert training.submitted() == {training.job}
+    COSTS.append("a rank that dies three times without progress, no accounting | the stage fails, saying why | -")
+    cluster.up()
+    forget(training)
+
+
+def test_a_full_disk_a_cut_checkpoint_and_a_cancelled_job(training: Training, undisturbed: bytes) -> None:
+    """The disk has room for one checkpoint; with more room it goes on; cancelled; the newest checkpoint then cut."""
+    checkpoints = training.folder / "checkpoints"
+    stage = training.start()
+    wait_until(lambda: (training.folder / "job.json").exists(), "the submission", 60)
+    checkpoints.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", checkpoints], check=True)
+    try:
+        assert stage.wait(timeout=120) == 1
+        said = training.outputs[-1].read_text()
+        assert "No space left on device" in said
+        assert "free some space" in said
+        assert [path.name for path in checkpoints.glob("*.pt")] == [f"step-{INTERVAL}.pt"]
+        assert training.submitted() == {training.job}
+
+        subprocess.run(["mount", "-o", "remount,size=1g", checkpoints], check=True)
+        started = time.monotonic()
+        stage = training.start()
+        wait_until(lambda: training.step() >= 3 * INTERVAL, "progress with more room", 120)
+        assert training.resumes() == [INTERVAL]
+        COSTS.append(f"full disk, then room | goes on from step {INTERVAL} | {time.monotonic() - started:.0f} s")
+
+        done = training.checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0")
+        assert "ended job" in done.stdout
+        assert stage.wait(timeout=60) == 1
+        assert "was cancelled" in training.outputs[-1].read_text()
+        training.assert_nothing_left()
+        before, newest = sorted(int(path.stem.removeprefix("step-")) for path in checkpoints.glob("*.pt"))
+        os.truncate(checkpoints / f"step-{newest}.pt", 1_000_000)
+        started = time.monotonic()
+        stage = training.start()
+        wait_until(lambda: training.resumes() == [before], "going on from the checkpoint before", 120)
+        COSTS.append(f"checkpoint of step {newest} cut short | from {before} | {time.monotonic() - started:.0f} s")
+        assert f"step-{newest}.pt is damaged" in training.log()
+        training.finish(stage)
+    finally:
+        subprocess.run(["umount", "--lazy", checkpoints], check=False)
+    assert training.weights() == undisturbed
+    forget(training)
+
+
+def kill_once(process: psutil.Process | None, killed: set[int]) -> bool:
+    """kill -9 of a process that is not in `killed`."""
+    if process is None or process.pid in killed:
+        return False
+    process.kill()
+    killed.add(process.pid)
+    return True
+
+
+def names_of_children(pid: int) -> list[str]:
+    try:
+        return [child.name() for child in psutil.Process(pid).children()]
+    except psutil.Error:
+        return []
