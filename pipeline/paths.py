@@ -47,6 +47,16 @@ def cost(stage: str, variant: str, seed: int) -> Path:
     return RESULTS / stage / f"{variant}-{seed}.cost.json"
 
 
+def iou(name: str) -> Path:
+    """IoU of each class of one segmenter's evaluation as CSV."""
+    return RESULTS / "evaluate_segmenter" / f"{name}.iou.csv"
+
+
+def pictures(name: str) -> Path:
+    """A few images of one segmenter's evaluation with labels and predictions."""
+    return RESULTS / "evaluate_segmenter" / f"{name}.pictures.npz"
+
+
 def metrics(stage: str, name: str) -> Path:
     """The metrics of one evaluation as JSON, for `dvc metrics`; `name` is variant-seed or variant."""
     return RESULTS / stage / f"{name}.json"

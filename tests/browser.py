@@ -36,6 +36,8 @@ class Browser:
         self.loop.run_until_complete(self._connect(address))
 
     def open(self, url: str) -> None:
+        """Load `url` anew, also when it differs from the page that is shown in its #fragment alone."""
+        self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=url)
 
     def size(self, width: int, height: int = 900, *, scale: float = 1, dark: bool = False) -> None:

@@ -306,7 +306,7 @@ def test_make_dashboard_serves_mlflow_on_loopback(finished: Checkout) -> None:
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while True:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:

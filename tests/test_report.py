@@ -1,5 +1,6 @@
 """The report: the same numbers in every format, nothing compared that cannot be, the same bytes every time."""
 
+import base64
 import hashlib
 import io
 import re
@@ -7,14 +8,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from pipeline import paper
 from pipeline.config import VARIANT_NAMES
 from pipeline.report import print_tables, write_reports
+from pipeline.report.background import Background, Provenance
 from pipeline.report.formats import NOTHING
+from pipeline.report.segmentations import class_rows, pictures
 
 EMPTY = pd.DataFrame()
 REASON = "these images are handwritten digits, not ImageNet-1K and ADE20K"
@@ -156,7 +161,9 @@ def cells(folder: Path, name: str, kind: str) -> dict[str, list[str]]:
 def test_all_files_are_written_and_one_row_for_each_model(tmp_path: Path) -> None:
     report(tmp_path)
     names = {f"{name}.{kind}" for name in ("table2_imagenet", "table4_ade20k") for kind in FORMATS}
-    names |= {f"{name}.{kind}" for name in ("accuracy_macs", "miou_params") for kind in ("svg", "png")}
+    names |= {
+        f"{name}.{kind}" for name in ("accuracy_macs", "accuracy_params", "miou_params") for kind in ("svg", "png")
+    }
     assert {path.name for path in tmp_path.iterdir()} == names | {"index.html"}
     contract = {"params_m", "paper", "released", "measured", "seeds", "difference", "verdict"}
     for name in ("table2_imagenet", "table4_ade20k"):
@@ -289,7 +296,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
         ids = re.findall(r'\bid="([^"]+)"', text)
         assert len(ids) == len(set(ids))
     index = (tmp_path / "index.html").read_text()
-    for word in ("0123abc", "Training curves", "RSB-ResNet-152", "Every seed", "RandAugment"):
+    for word in ("0123abc", "Learning curves", "RSB-ResNet-152", "Every seed", "RandAugment"):
         assert word in index
 
 
@@ -308,7 +315,7 @@ def curves() -> pd.DataFrame:
             for metric in ("loss", "top1")
             for epoch in range(5)
         ],
-        columns=["variant", "seed", "task", "epoch_or_step", "metric", "value"],
+        columns=["variant", "seed", "task", "step", "metric", "value"],
     )
 
 
@@ -356,3 +363,47 @@ def test_five_hundred_runs_are_quickly_reported(tmp_path: Path) -> None:
     runs = classifier_runs({variant: [80.0 + seed / 1000 for seed in range(100)] for variant in VARIANT_NAMES})
     report(tmp_path, classification=runs)
     assert csv(tmp_path, "table2_imagenet")["seeds"].tolist() == [100] * 5
+
+
+def test_the_page_tells_where_each_row_comes_from_and_what_it_cost(tmp_path: Path) -> None:
+    cost = {"task": "Table 2", "variant": "poolformer_s12", "device": "x86_64 CPU", "rank_hours": 0.5, "gpu_hours": 0.0}
+    background = Background(
+        cost=pd.DataFrame([{**cost, "seed": seed, "energy_kwh": None} for seed in (0, 1)]),
+        provenance=[Provenance("Table 2: PoolFormer-S12, seed 0", "dvc repro x", "0123abc", "f00d", job="slurm 7")],
+        config="a: <b>",
+    )
+    index = (report(tmp_path, background=background) / "index.html").read_text()
+    for text in ("dvc repro x", "0123abc", "f00d", "slurm 7", "a: &lt;b&gt;", "x86_64 CPU", "<td>1.000</td>"):
+        assert text in index, text
+    assert "Energy" not in index.partition("What it cost")[2].partition("<tbody>")[0].partition("<thead>")[2]
+
+
+def test_classes_are_means_over_seeds_with_the_best_first_and_absent_ones_last() -> None:
+    values = {"sky": [90.0, 92.0], "door": [40.0, 44.0], "ghost": [float("nan")] * 2}
+    iou = pd.DataFrame(
+        [("poolformer_s12", seed, i, name, values[name][seed]) for i, name in enumerate(values) for seed in (0, 1)],
+        columns=["variant", "seed", "label", "name", "iou"],
+    )
+    rows = class_rows(iou.sample(frac=1, random_state=0))
+    assert [row.name for row in rows] == ["sky", "door", "ghost"]
+    assert [row.iou["poolformer_s12"] for row in rows][:2] == [91.0, 42.0]
+    assert rows[2].iou["poolformer_s12"] != rows[2].iou["poolformer_s12"]
+
+
+def test_pictures_have_their_pixels_and_a_legend_of_what_they_show(tmp_path: Path) -> None:
+    image = np.zeros((8, 12, 3), np.uint8)
+    mask = np.zeros((8, 12), np.uint8)
+    mask[0], mask[1] = 255, 2
+    for name in ("a", "b"):
+        np.savez_compressed(tmp_path / f"{name}.npz", image_00003=image, label_00003=mask, prediction_00003=mask * 0)
+    files = {"poolformer_s12": tmp_path / "a.npz", "poolformer_s24": tmp_path / "b.npz"}
+    shown = pictures(files, {0: "wall", 2: "sky"})
+    assert [name for name, _ in shown.legend] == ["wall", "sky"]
+    (row,) = shown.rows
+    assert list(row.predictions) == ["PoolFormer-S12", "PoolFormer-S24"]
+    label = Image.open(io.BytesIO(base64.b64decode(row.label.partition(",")[2]))).convert("RGBA")
+    assert label.size == (12, 8)
+    assert label.getpixel((0, 0))[3] == 0, "ignored pixels are see-through"
+    colours = dict(shown.legend)
+    assert "#{:02x}{:02x}{:02x}".format(*label.getpixel((0, 1))[:3]) == colours["sky"]
+    assert "#{:02x}{:02x}{:02x}".format(*label.getpixel((0, 5))[:3]) == colours["wall"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tracking_server import finish, free_port, history_of, mlflow_server, postgresql, run_folder, train
+from tracking_server import finish, free_port, history_of, run_folder, train
 
 from pipeline.launch import record
 from pipeline.stages._sync import catch_up, mirror_of, status, sync
@@ -278,34 +278,3 @@ def test_what_became_of_a_job_is_read_from_its_files(tmp_path: Path, monkeypatch
 
 def job_record(process: int, created: float) -> record.Job:
     return record.Job("local", "token", "jobs", {}, submitted=created, job_id=str(process), created=created)
-
-
-@pytest.mark.slow
-def test_a_server_on_postgresql_that_comes_up_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlflow import MlflowClient
-
-    monkeypatch.chdir(tmp_path)
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    folder = run_folder(steps=600)
-    open_comparison("classifier", "demo", {"seeds": [0]})
-    finish(folder, top1=70.0)
-    assert not mirror_of(Server(), folder).update("FINISHED")
-    with postgresql() as store, mlflow_server(store, port, tmp_path / "artifacts"):
-        for _ in range(2):
-            assert sync(Server()) == 0
-        client = MlflowClient(address)
-        found = {run.data.tags["kind"]: run for run in runs(client)}
-        assert set(found) == {"comparison", "classifier"}
-        run = found["classifier"]
-        assert run.info.status == "FINISHED"
-        assert run.data.tags["mlflow.parentRunId"] == found["comparison"].info.run_id
-        assert history_of(client, run.info.run_id, "loss") == [(step, 7 / step) for step in range(1, 601)]
-        assert history_of(client, run.info.run_id, "top1") == [(600, 70.0)]
-        before = (folder / "mlflow.json").read_text()
-        train(folder, 600, 700)
-        assert sync(Server()) == 0
-        (folder / "mlflow.json").write_text(before)
-        assert sync(Server()) == 0
-        assert len(history_of(client, run.info.run_id, "loss")) == 700

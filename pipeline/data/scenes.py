@@ -33,7 +33,7 @@ def write_scenes(
     image_size_px: int = 64,
     seed: int = 0,
 ) -> None:
-    """Write `<folder>/{images,annotations}/{training,validation}/scene_<index>.{jpg,png}`.
+    """Write `<folder>/{images,annotations}/{training,validation}/scene_<index>.{jpg,png}` and class names.
 
     Training scenes are made of the digits that `write_digits` puts into train/, validation scenes
     of its val/. Scene i of a split depends on (seed, split, i) and the size alone. The folder
@@ -44,6 +44,8 @@ def write_scenes(
     """
     digits = load_digits()
     with build_folder(folder) as root:
+        names = "".join(f"{label}\t{name}\n" for label, name in enumerate(CLASSES, start=1))
+        (root / "objectInfo150.txt").write_text(f"Idx\tName\n{names}")  # where ADE20K has the names of its classes
         for split, count in zip(SPLITS, (train_images, val_images), strict=True):
             images, masks = root / "images" / split, root / "annotations" / split
             images.mkdir(parents=True)

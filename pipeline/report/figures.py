@@ -51,6 +51,8 @@ FAMILIES = {
 }
 """Name's beginning and marker of the paper's competitors. ViT, at 18 and 64 G, would squeeze all others together."""
 
+CURVE_COLUMNS = 2
+
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "figures",
@@ -83,6 +85,18 @@ def accuracy_macs(numbers: pd.DataFrame, comparable: bool, reason: str) -> Figur
     )
 
 
+def accuracy_params(numbers: pd.DataFrame, comparable: bool, reason: str) -> Figure:
+    """Top-1 against parameters; `numbers` is Table 2's CSV."""
+    return _comparison(
+        numbers,
+        comparable,
+        reason,
+        table="table2_imagenet",
+        x=("params", "params_m", "parameters, M"),
+        y=("top1", "top-1, %"),
+    )
+
+
 def miou_params(numbers: pd.DataFrame, comparable: bool, reason: str) -> Figure:
     """mIoU against parameters of backbone and head; `numbers` is Table 4's CSV."""
     return _comparison(
@@ -99,32 +113,32 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     """One panel for each task and metric, one line for each variant and seed.
 
     Args:
-        curves: columns variant, seed, task, epoch_or_step, metric, value.
+        curves: columns variant, seed, task, step, metric, value.
     """
 
     def draw(figure: Figure) -> None:
         panels = list(curves.groupby(["task", "metric"], sort=False))
-        columns = min(len(panels), 3)
+        columns = min(len(panels), CURVE_COLUMNS)
         grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
         for axes, ((task, metric), panel) in zip(grid, panels, strict=False):
             for (variant, _), line in panel.groupby(["variant", "seed"], sort=False):
-                line = line.sort_values("epoch_or_step")
+                line = line.sort_values("step")
                 axes.plot(
-                    line["epoch_or_step"],
+                    line["step"],
                     line["value"],
                     color=VARIANT_COLOURS[str(variant)],
                     lw=1.4,
                     alpha=0.85,
                 )
-            axes.set_title(f"{task}: {metric}")
-            axes.set_xlabel("epoch or step")
+            axes.set_title(f"{task}: {metric}".replace("_", " "))
+            axes.set_xlabel("step")
         for axes in grid[len(panels) :]:
             axes.remove()
         shown = [v for v in VARIANT_NAMES if v in set(curves["variant"])]
         handles = [mpl.lines.Line2D([], [], color=VARIANT_COLOURS[v], label=label(v)) for v in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(shown))
 
-    rows = -(-curves.groupby(["task", "metric"]).ngroups // 3)
+    rows = -(-curves.groupby(["task", "metric"]).ngroups // CURVE_COLUMNS)
     return _figure(9.6, 3.0 * rows + 0.4, draw)
 
 
@@ -186,7 +200,7 @@ def _comparison(
             if axes.has_data():
                 axes.legend(loc="lower right")
 
-    return _figure(9.6, 4.6, draw)
+    return _figure(6.4 if comparable else 9.6, 4.6, draw)
 
 
 def _draw_paper(axes: Axes, paper: pd.DataFrame, x: str, y: str) -> None:

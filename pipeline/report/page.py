@@ -12,6 +12,7 @@ from pipeline.paper import label, load
 from pipeline.paper.verdict import RELEASED_TOLERANCE, RETRAINING_TOLERANCE
 from pipeline.paths import written_atomically
 from pipeline.report import figures
+from pipeline.report.background import Background, cost_rows
 from pipeline.report.formats import (
     NOTHING,
     TABLE2,
@@ -22,6 +23,7 @@ from pipeline.report.formats import (
     to_markdown,
     visible_columns,
 )
+from pipeline.report.segmentations import class_rows, pictures
 from pipeline.report.tables import Comparison, Table, classification_table, segmentation_table
 
 TEMPLATES = jinja2.Environment(
@@ -54,6 +56,7 @@ def write_reports(
     recipe_differences: dict[str, list[str]],
     settings: dict[str, str],
     curves: pd.DataFrame | None = None,
+    background: Background | None = None,
 ) -> None:
     """Write the whole report into `folder`, each file atomically. The same arguments give the same bytes.
 
@@ -72,13 +75,16 @@ def write_reports(
         reason: why not, as a clause without full stop; empty when they are.
         recipe_differences: for each variant the fields that are not the paper's, as `classification.epochs`.
         settings: what a reader needs to repeat it (commit, seeds, machine, versions), in the order to be shown.
-        curves: variant, seed, task, epoch_or_step, metric, value.
+        curves: variant, seed, task, step, metric, value.
+        background: what the page tells beside the tables.
     """
+    background = background or Background()
     shared = Comparison(comparable, reason, recipe_differences)
     table2 = classification_table(classification, released_classification, shared)
     table4 = segmentation_table(segmentation, released_segmentation, shared)
     drawn = {
         "accuracy_macs": figures.accuracy_macs(table2.numbers, comparable, reason),
+        "accuracy_params": figures.accuracy_params(table2.numbers, comparable, reason),
         "miou_params": figures.miou_params(table4.numbers, comparable, reason),
     }
     if curves is not None and len(curves):
@@ -97,15 +103,29 @@ def write_reports(
     page = _render(
         "index.html.j2",
         sections=[
-            _section(table2, classification, "accuracy_macs", "Top-1 accuracy against multiply-adds."),
+            _section(
+                table2,
+                classification,
+                {
+                    "accuracy_macs": "Top-1 accuracy against multiply-adds of one image of 224 x 224 pixels.",
+                    "accuracy_params": "Top-1 accuracy against parameters.",
+                },
+            ),
             _section(
                 table4,
                 segmentation,
-                "miou_params",
-                "mIoU* against the parameters of backbone and head; the paper's S24 stands at its misprinted 23.2 M.",
+                {
+                    "miou_params": "mIoU* against the parameters of backbone and head; the paper's S24 stands at its "
+                    "misprinted 23.2 M.",
+                },
             ),
         ],
         svgs=svgs,
+        classes=class_rows(background.iou) if len(background.iou) else [],
+        pictures=pictures(background.pictures, background.class_names),
+        cost=cost_rows(background.cost) if len(background.cost) else None,
+        provenance=background.provenance,
+        config=background.config,
         comparable=comparable,
         reason=reason,
         settings=settings,
@@ -132,7 +152,7 @@ def print_tables(folder: Path, console: Console) -> None:
             console.print(remarks, style="dim", highlight=False)
 
 
-def _section(table: Table, runs: pd.DataFrame, figure: str, caption: str) -> dict[str, object]:
+def _section(table: Table, runs: pd.DataFrame, captions: dict[str, str]) -> dict[str, object]:
     """What the page shows for one table."""
     statuses = [verdict.status for verdict in table.verdicts.values()]
     units = load(table.layout.name).drop_duplicates("quantity").set_index("quantity")["unit"]
@@ -142,8 +162,7 @@ def _section(table: Table, runs: pd.DataFrame, figure: str, caption: str) -> dic
         "counts": {status: statuses.count(status) for status in STATUSES if status in statuses},
         "runs": runs.round(3).to_html(index=False, border=0, na_rep=NOTHING) if len(runs) else "",
         "context": context.rename_axis(columns=None).reset_index(names="model").to_html(index=False, border=0),
-        "figure": figure,
-        "caption": caption,
+        "captions": captions,
     }
 
 

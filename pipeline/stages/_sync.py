@@ -12,7 +12,7 @@ from pipeline.tracking.comparison import ComparisonMirror
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.mirror import Status as RunStatus
 from pipeline.tracking.models import register
-from pipeline.tracking.server import Server
+from pipeline.tracking.server import Server, patience
 
 
 def catch_up(server: Server, *, running: bool = False) -> None:
@@ -24,11 +24,12 @@ def catch_up(server: Server, *, running: bool = False) -> None:
 
 def sync(server: Server) -> int:
     """Hold every run folder against MLflow and send what is missing; returns for how many that failed."""
-    runs = list(_runs(server))
-    left = sum(not mirror.update(status(folder)) for folder, mirror in runs)
-    left += sum(not register(server, folder) for folder, _ in runs)
-    comparisons = [ComparisonMirror(server, folder) for folder in _folders("compare_with_paper")]
-    return left + sum(not comparison.update() for comparison in comparisons)
+    with patience():
+        runs = list(_runs(server))
+        left = sum(not mirror.update(status(folder)) for folder, mirror in runs)
+        left += sum(not register(server, folder) for folder, _ in runs)
+        comparisons = [ComparisonMirror(server, folder) for folder in _folders("compare_with_paper")]
+        return left + sum(not comparison.update() for comparison in comparisons)
 
 
 def mirror_of(server: Server, folder: Path, comparisons: dict[Path, ComparisonMirror] | None = None) -> Mirror:

@@ -13,6 +13,7 @@ from pipeline import paths
 from pipeline.config import VARIANT_NAMES, Params
 from pipeline.paper.tables import recipe_differences
 from pipeline.report import write_reports
+from pipeline.stages._background import background, settings
 from pipeline.stages._comparison import log_comparison
 
 CODE = ("pipeline/paper", "pipeline/report")
@@ -31,8 +32,9 @@ def run(params: Params) -> None:
         comparable=params.comparable,
         reason=params.not_comparable_because,
         recipe_differences=_recipe_differences(params),
-        settings={"scale": params.scale, "seeds": ", ".join(map(str, params.seeds))},
+        settings=settings(params),
         curves=_curves(params),
+        background=background(params, segmentation),
     )
     log_comparison(
         params,
@@ -105,6 +107,6 @@ def _curves(params: Params) -> pd.DataFrame:
     for kind, task in (("classifier", "classification"), ("segmenter", "segmentation")):
         for variant, seed in _runs(params, kind):
             curve = pd.read_csv(paths.curve(f"train_{kind}", variant, seed))
-            tidy = curve.melt(id_vars=["step"], value_vars=["loss"], var_name="metric")
-            curves.append(tidy.rename(columns={"step": "epoch_or_step"}).assign(variant=variant, seed=seed, task=task))
+            tidy = curve.melt(id_vars=["step"], value_vars=["loss", "learning_rate"], var_name="metric")
+            curves.append(tidy.assign(variant=variant, seed=seed, task=task))
     return pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()

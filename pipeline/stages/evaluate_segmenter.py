@@ -1,7 +1,7 @@
 """Evaluate one trained segmenter as a job.
 
 Reads   data/beton/ade20k/validation.beton, models/segmenter/{variant}-{seed}.pt
-Writes  results/evaluate_segmenter/{variant}-{seed}.json
+Writes  results/evaluate_segmenter/{variant}-{seed}.{json,iou.csv,pictures.npz}
 """
 
 from pipeline import paths
@@ -38,5 +38,9 @@ def run(params: Params, variant: str, seed: int) -> None:
         code=CODE,
         inputs=(paths.manifest(beton), weights),
     )
-    outputs = {"metrics.json": paths.metrics("evaluate_segmenter", name)}
+    outputs = {
+        "metrics.json": paths.metrics("evaluate_segmenter", name),
+        "iou.csv": paths.iou(name),
+        "pictures.npz": paths.pictures(name),
+    }
     evaluate("segmenter", work, outputs)

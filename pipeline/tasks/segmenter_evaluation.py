@@ -5,8 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import paths
 from pipeline import world as ranks
@@ -16,6 +19,9 @@ from pipeline.data.segmentation import segmentation_eval_loader
 from pipeline.metrics import ConfusionMatrix, count_macs, count_parameters
 from pipeline.models import create_segmenter, load_released
 from pipeline.tasks.device_batch import IGNORED_LABEL, normalise, resize_logits
+
+PICTURES, PICTURE_PX = 4, 256
+"""How many images, spread over the split, are kept with their prediction, and their longer side at most."""
 
 
 @torch.inference_mode()
@@ -30,7 +36,7 @@ def evaluate(
     beton: str,
     weights: str,
 ) -> bool:
-    """mIoU over every image of `beton`, each once; rank 0 writes `out/metrics.json`.
+    """mIoU over every image of `beton`, each once; rank 0 writes `out/{metrics.json,iou.csv,pictures.npz}`.
 
     `miou` follows a plain resize, `miou_aligned` one to multiples of `size_divisor` (mmseg's mIoU and mIoU*);
     each with `_ms_flip` too where the settings name ratios. `images_per_s`, on a GPU only, is mmseg's: one image at a
@@ -41,8 +47,11 @@ def evaluate(
     load_released(model, Path(weights))
     model.eval().to(world.device).to(memory_format=torch.channels_last)
     result: dict[str, Any] = {}
+    pictures: dict[str, npt.NDArray[np.uint8]] = {}
     for name, size_divisor in (("miou", None), ("miou_aligned", checked.size_divisor)):
-        counts = _confusion(world, model, num_classes, Path(beton), checked, size_divisor, flip=False, ratios=[1.0])
+        counts = _confusion(
+            world, model, num_classes, Path(beton), checked, size_divisor, flip=False, ratios=[1.0], pictures=pictures
+        )
         result[name] = counts["mIoU"]
         if checked.multi_scale_ratios:
             ratios = checked.multi_scale_ratios
@@ -55,6 +64,11 @@ def evaluate(
     if world.is_first:
         with paths.written_atomically(run_folder / "out/metrics.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
+        with paths.written_atomically(run_folder / "out/iou.csv") as temporary:
+            per_class = pd.DataFrame({"label": range(num_classes), "iou": counts["iou_per_class"]})
+            per_class.round(6).to_csv(temporary, index=False)
+        with paths.written_atomically(run_folder / "out/pictures.npz") as temporary:
+            np.savez_compressed(temporary, **pictures)  # type: ignore[arg-type]
     return True
 
 
@@ -68,7 +82,9 @@ def _confusion(
     *,
     flip: bool,
     ratios: list[float],
-) -> dict[str, float]:
+    pictures: dict[str, npt.NDArray[np.uint8]] | None = None,
+) -> dict[str, Any]:
+    """Counts over all ranks; into `pictures` on rank 0 the images, labels and predictions to be shown."""
     matrix = ConfusionMatrix(num_classes, IGNORED_LABEL, world.device)
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # images, seconds in the model
     loader = segmentation_eval_loader(
@@ -80,6 +96,7 @@ def _confusion(
         rank=world.rank,
         world_size=world.size,
     )
+    shown = np.linspace(0, loader.reader.num_samples - 1, PICTURES).round().astype(int).tolist()
     for batch in loader:
         labels = batch.labels.to(world.device)
         scores = torch.zeros((), device=world.device)
@@ -94,6 +111,8 @@ def _confusion(
                 share = resize_logits(logits, labels.shape[-2:]).softmax(1)
                 scores = scores + (share.flip(3) if mirrored else share)
         matrix.update(scores.argmax(1), labels)
+        if pictures is not None and (number := int(batch.sample_ids)) in shown:
+            pictures |= _picture(number, batch.images[0], batch.labels, scores.argmax(1))
         totals[0] += len(labels)
     if world.size > 1:
         torch.distributed.all_reduce(totals)
@@ -101,7 +120,23 @@ def _confusion(
     expected = int(loader.reader.num_samples)
     if images != expected:
         raise AssertionError(f"{images:.0f} images counted, {expected} in {beton}")
-    return {**matrix.compute(), "images": images, "forward_s": forward_s}
+    if pictures is not None and world.size > 1:
+        parts: list[Any] = [None] * world.size
+        torch.distributed.all_gather_object(parts, pictures)
+        pictures.update({name: pixels for part in parts for name, pixels in part.items()})
+    per_class = matrix.iou_per_class().tolist()
+    return {**matrix.compute(), "images": images, "forward_s": forward_s, "iou_per_class": per_class}
+
+
+def _picture(number: int, image: Tensor, labels: Tensor, predicted: Tensor) -> dict[str, npt.NDArray[np.uint8]]:
+    """One image `(h, w, 3)` with its labels and prediction `(h, w)`, small enough for a page."""
+    height, width = labels.shape[-2:]
+    shrink = min(1.0, PICTURE_PX / max(height, width))
+    size = (round(height * shrink), round(width * shrink))
+    pixels = nn.functional.interpolate(image.float(), size, mode="bilinear", antialias=True).round().byte()
+    masks = [nn.functional.interpolate(mask[None].float(), size)[0, 0].byte() for mask in (labels, predicted)]
+    named = zip(("image", "label", "prediction"), (pixels[0].permute(1, 2, 0), *masks), strict=True)
+    return {f"{name}_{number:05d}": tensor.cpu().numpy() for name, tensor in named}
 
 
 def _device_clock(world: ranks.World) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.tracking.about import About, Kind
 from pipeline.tracking.mirror import Mirror
-from pipeline.tracking.server import Server, time_for_uploads
+from pipeline.tracking.server import Server
 
 EXAMPLE_PX = 64
 """At most; the models take any multiple of 32, and an example is kept as text."""
@@ -29,8 +29,7 @@ def register(server: Server, folder: Path) -> bool:
     weights = folder / "out/weights.pt"
     if about is None or mirror.run_id is None or "model_version" in mirror.state or not weights.exists():
         return True
-    with time_for_uploads():
-        return server.attempt(lambda client: _register(client, mirror, about, weights))
+    return server.attempt(lambda client: _register(client, mirror, about, weights))
 
 
 def _register(client: Any, mirror: Mirror, about: About, weights: Path) -> None:

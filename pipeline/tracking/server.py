@@ -19,7 +19,7 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
-FOR_UPLOADS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "300", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 PAUSE_S = 30.0
 """How long a server that failed is left alone."""
 
@@ -79,12 +79,12 @@ class Server:
 
 
 @contextmanager
-def time_for_uploads() -> Iterator[None]:
-    """Inside, requests may take as long as a model needs; what the user set stays."""
-    for key, value in FOR_UPLOADS.items():
+def patience() -> Iterator[None]:
+    """Inside, nobody waits for a job, so requests may take as long as a large model needs; what the user set stays."""
+    for key, value in PATIENT.items():
         os.environ[key] = GIVEN.get(key, value)
     try:
         yield
     finally:
-        for key in FOR_UPLOADS:
+        for key in PATIENT:
             os.environ[key] = GIVEN.get(key, DEFAULTS[key])
