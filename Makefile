@@ -49,7 +49,7 @@ apt-build:
 apt-test:
 	@packages="$(APT_SLURM) $(APT_TRACKING)" ./.ci/apt-install --optional
 
-$(STAMP): requirements.lock requirements-build.lock pyproject.toml $(wildcard pipeline/data/native/*) | apt-build
+$(STAMP): requirements.lock requirements-build.lock pyproject.toml $(wildcard pipeline/*/native/*) | apt-build
 	@command -v $(PYTHON) > /dev/null || { echo "Python 3.11 is missing: apt-get install python3.11 python3.11-venv (or set PYTHON=)"; exit 1; }
 	test -x $(VENV)/bin/python || { echo "== virtual environment"; $(PYTHON) -m venv $(VENV); }
 	echo "== installer"

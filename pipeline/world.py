@@ -1,5 +1,6 @@
 """The ranks of a job: who am I, on which device, how do we talk."""
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def join(
 
     Where `size` > 1 the ranks find one another over `store`. NCCL on GPUs, gloo on CPUs.
     """
+    keep_freed_memory()
     torch.set_num_threads(max(1, cpus))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -65,6 +67,19 @@ def alone() -> World:
     """The world of a single process, for tests and benchmarks."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return World(0, 1, 0, device, os.cpu_count() or 1)
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory of large tensors rather than give it back to the kernel at each free.
+
+    Taking it back page by page was a fifth of a training step on CPUs.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch then asks for pages of 2 MB
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -195,3 +195,25 @@ def test_every_parameter_gets_a_gradient() -> None:
     for model in (create_classifier("poolformer_s12", 10), create_segmenter("poolformer_s12", 10)):
         model.train()(torch.randn(2, 3, 64, 64)).square().sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("size", "threads"), [((3, 3, 64, 96), 2), ((2, 3, 72, 50), 1), ((1, 3, 33, 33), 3)])
+def test_fused_inference_is_as_near_to_float64_as_timms_forward(size: tuple[int, ...], threads: int) -> None:
+    torch.manual_seed(0)
+    model = create_classifier("poolformer_s12", 7).eval()
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name or "norm" in name:
+            nn.init.normal_(parameter, mean=0.7, std=0.4)
+    images = torch.randn(size) + 0.5
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = model(images).detach().double()  # with gradients on: timm's forward
+            with torch.inference_mode():
+                fused = model(images).double()
+    finally:
+        torch.set_num_threads(before)
+    exact = model.double()(images.double()).detach()
+    assert not torch.equal(fused, plain)
+    assert (fused - exact).abs().max() < 1.5 * (plain - exact).abs().max()

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from timm.layers import GroupNorm1
-from timm.models.metaformer import MetaFormerStage, Pooling, Stem
+from timm.models.metaformer import MetaFormerBlock, MetaFormerStage, Pooling, Stem
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.models.block import PoolFormerBlock
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class PoolFormer(nn.Module):
             )
         self.stages = nn.Sequential(*stages)
         for name, module in self.stages.named_modules():
+            if isinstance(module, MetaFormerBlock):
+                module.__class__ = PoolFormerBlock
             # The patch embeddings (`stem.conv`, `downsample.conv`) keep PyTorch's default.
             if name.endswith(("mlp.fc1", "mlp.fc2")):
                 init_truncated_normal(module)

@@ -9,8 +9,8 @@ LOOP = (
     "pipeline/world.py",
 )
 DEVICE = ("pipeline/tasks/device_batch.py",)
-CLASSIFIER = ("pipeline/models/poolformer.py",)
-SEGMENTER = ("pipeline/models/poolformer.py", "pipeline/models/semantic_fpn.py")
+CLASSIFIER = ("pipeline/models/block.py", "pipeline/models/native", "pipeline/models/poolformer.py")
+SEGMENTER = (*CLASSIFIER, "pipeline/models/semantic_fpn.py")
 IMAGES = (
     "pipeline/data/draws.py",
     "pipeline/data/ffcv_loader.py",
