@@ -23,7 +23,9 @@ from layout_runs import (
 from rank_pool import RunOnRanks
 
 from pipeline import world as ranks
+from pipeline.cluster import Profile
 from pipeline.errors import UserError
+from pipeline.tasks import segmenter_training
 from pipeline.train import history
 
 pytest_plugins = "rank_pool"
@@ -149,6 +151,23 @@ def failure(world: ranks.World, training: Training, spoil: Callable[[ranks.World
     except RuntimeError as error:
         return f"not our own: {error}"
     return "none"
+
+
+def test_a_segmenter_that_would_accumulate_is_refused_before_its_data_is_opened(tmp_path: Path) -> None:
+    profile = Profile(kind="local", max_images_per_device=2)
+    with pytest.raises(UserError, match=r"batch norm needs the whole batch at once: use a cluster profile of 2 ranks"):
+        segmenter_training.train(
+            ranks.alone(),
+            tmp_path,
+            profile,
+            variant="poolformer_s12",
+            seed=0,
+            recipe=SEGMENTATION.model_dump(mode="json"),
+            num_classes=5,
+            beton="missing.beton",
+            backbone="missing.pt",
+            backbone_classes=5,
+        )
 
 
 def spoil_step_5_on_rank_1(world: ranks.World, task: Any) -> None:

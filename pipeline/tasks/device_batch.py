@@ -29,7 +29,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     """uint8 `(B, 3, H, W)` to float32 with ImageNet's mean and deviation, in channels_last order."""
     mean, deviation = _mean_and_deviation(images.device)
-    return ((images.float() - mean) / deviation).contiguous(memory_format=torch.channels_last)
+    return images.sub(mean).div_(deviation).contiguous(memory_format=torch.channels_last)
 
 
 @lru_cache
@@ -72,7 +72,10 @@ def erase(images: Tensor, sample_ids: Tensor, erasing: RandomErasing, seed: int,
         # timm draws box and noise from the global streams of `random` and torch.
         number = _counted([seed, ERASING, epoch, sample])
         random.seed(number)
-        torch.manual_seed(number)
+        if random.random() > erasing.probability:  # timm's first draw, which leaves most images as they are
+            continue
+        random.seed(number)
+        torch.manual_seed(number)  # slow, hence only now
         erasing(image)
     return images
 
