@@ -54,6 +54,8 @@ class Profile(Strict):
                 raise ValueError(f"{', '.join(only)} means nothing for kind local: remove it")
         elif self.gpus_per_node == "auto" or self.cpus_per_task == "auto":
             raise ValueError("'auto' is for kind local: give gpus_per_node and cpus_per_task as numbers")
+        elif self.signal_delay_s >= self.time_min * 60:
+            raise ValueError(f"signal_delay_s ({self.signal_delay_s}) must be below time_min ({self.time_min} min)")
         return self
 
     @property

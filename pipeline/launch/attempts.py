@@ -26,7 +26,7 @@ FOLDERS = "folders.json"
 BEGINS = "== attempt"
 """With the attempt's name, a line of the batch script's at its start."""
 _FOLLOWS = re.compile(
-    r"connection (was )?(reset|closed|refused)|broken pipe|gloo|nccl|socket|store|process group|remote process", re.I
+    r"connection (was )?(reset|closed|refused)|broken pipe|\bgloo\b|\bnccl|\bsocket|tcpstore|remote process", re.I
 )
 _SRUN = re.compile(r"srun: error: (\S+): tasks? ([\d,\-]+): (.+)")
 

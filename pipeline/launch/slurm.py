@@ -115,7 +115,7 @@ def look(job: Job) -> Status:
         raise ValueError("a submission without an id has to be found first")
     with FileLock(paths.RUNS / "slurm.lock"):
         seen = _load()
-        seen["wanted"][job.job_id] = time.time()
+        seen["wanted"][job.job_id] = {"at": time.time(), "token": job.token}
         if time.time() - seen["asked"] >= POLL_S:
             _refresh(seen, job.environment)
         with paths.written_atomically(_cache()) as temporary:
@@ -142,27 +142,33 @@ def _refresh(seen: dict[str, Any], extra: dict[str, str]) -> None:
     except UnreachableError as error:
         seen.update(asked=time.time(), fault=str(error))
         return
-    wanted = {identity: at for identity, at in seen["wanted"].items() if started - at < 6 * POLL_S}
-    absent = [identity for identity in wanted if identity not in rows]
-    words = _sacct(absent, extra) if absent else {}
+    wanted = {identity: by for identity, by in seen["wanted"].items() if started - by["at"] < 6 * POLL_S}
+    # A new installation of Slurm counts its jobs from 1 again: another submission's job is not ours.
+    others = {i for i in wanted.keys() & rows.keys() if _is_anothers(rows[i].comment, wanted[i]["token"])}
+    absent = [identity for identity in wanted if identity not in rows or identity in others]
+    unknown = [identity for identity in absent if identity not in others]
+    words = _sacct(unknown, extra) if unknown else {}
     counts, unsettled = seen["absent"], seen["unsettled"]
     seen.update(
         asked=time.time(),
         rows_at=started,
         fault=None,
         wanted=wanted,
-        rows={identity: asdict(row) for identity, row in rows.items()},
+        rows={identity: asdict(row) for identity, row in rows.items() if identity not in others},
         absent={i: {"asks": counts.get(i, {"asks": 0})["asks"] + 1, "state": words.get(i)} for i in absent},
         unsettled={i: unsettled.get(i, 0) + 1 for i, row in rows.items() if row.state in UNSETTLED},
     )
 
 
+def _is_anothers(comment: str, token: str) -> bool:
+    """Whether a comment is another submission's; a site may have put its own in its place."""
+    return comment.startswith(TOKEN_PREFIX) and comment != token
+
+
 def _status(job: Job, seen: dict[str, Any]) -> Status:
     assert job.job_id is not None
     row = Row(**seen["rows"][job.job_id]) if job.job_id in seen["rows"] else None
-    if row is not None and row.comment.startswith(TOKEN_PREFIX) and row.comment != job.token:
-        row = None  # a new installation of Slurm counts its jobs from 1 again
-    if row is not None:
+    if row is not None and not _is_anothers(row.comment, job.token):
         settled = row.state in FINAL or seen["unsettled"].get(job.job_id, 0) >= UNSETTLED_ASKS
         return Status(row.state, settled, row.reason, row.start, row.nodes, seen["fault"])
     if seen["rows_at"] <= job.submitted or seen["fault"]:

@@ -93,7 +93,7 @@ class Worker:
         from pipeline.launch import rendezvous
 
         rank, size = environment.global_rank, environment.num_tasks
-        store = rendezvous.meet(rank, size, environment.hostnames[0], attempt) if size > 1 else None
+        store = rendezvous.meet(folder, attempt, environment.hostnames[0], rank, size) if size > 1 else None
         with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
             finished = bool(call(world, folder, profile, **work["arguments"]))
             if store is not None:

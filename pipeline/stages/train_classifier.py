@@ -47,15 +47,13 @@ def work(params: Params, variant: str, seed: int) -> Work | None:
 
 def take_released(params: Params, variant: str, seed: int) -> None:
     """Put the authors' weights where the training's would be, with an empty curve and no cost."""
-    import torch
-
     from pipeline.models import create_classifier
     from pipeline.models.released_weights import RELEASED_CLASSIFIERS, load_released
+    from pipeline.train import checkpoint
 
     file = Path(params.released.folder) / RELEASED_CLASSIFIERS[variant]
     model = load_released(create_classifier(variant, params.imagenet.num_classes), file)
-    with paths.written_atomically(paths.model("classifier", variant, seed)) as temporary:
-        torch.save({"model": model.state_dict()}, temporary)
+    checkpoint.write(paths.model("classifier", variant, seed), {"model": model.state_dict()})
     history.write_curve([], paths.curve("train_classifier", variant, seed))
     with paths.written_atomically(paths.cost("train_classifier", variant, seed)) as temporary:
         temporary.write_text("{}\n")

@@ -12,7 +12,7 @@ import torch
 from pipeline import paths
 from pipeline import world as ranks
 from pipeline.cluster import Profile, Split
-from pipeline.train import history, system
+from pipeline.train import checkpoint, history, system
 from pipeline.train.loop import train
 from pipeline.train.task import Task
 
@@ -35,8 +35,7 @@ def run_recipe(task: Task, world: ranks.World, run_folder: Path, layout: Split, 
             should_stop=world.should_stop,
         )
     if finished and world.is_first:
-        with paths.written_atomically(run_folder / "out/weights.pt") as temporary, temporary.open("wb") as stream:
-            torch.save({"model": task.model.state_dict()}, stream)  # to a path it would write that path's name too
+        checkpoint.write(run_folder / "out/weights.pt", {"model": task.model.state_dict()})
         records = history.read(run_folder / "history.jsonl")
         history.write_curve(records, run_folder / "out/curve.csv")
         with paths.written_atomically(run_folder / "out/cost.json") as temporary:

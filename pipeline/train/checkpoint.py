@@ -25,15 +25,29 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         OSError: the disk is full or not writable; the checkpoints that are there stay untouched.
     """
     target = folder / f"step-{step}.pt"
-    with paths.written_atomically(target) as temporary:
-        torch.save({"step": step, **state}, temporary)
-        digest = _sha256(temporary)
+    write(target, {"step": step, **state})
+    digest = _sha256(target)
     with paths.written_atomically(_digest_file(target)) as temporary:
         temporary.write_text(digest)
     for old in _newest_first(folder)[KEEP:]:
         old.unlink(missing_ok=True)
         _digest_file(old).unlink(missing_ok=True)
     return target
+
+
+def write(target: Path, content: dict[str, Any]) -> None:
+    """Write tensors whole or not at all; the same ones give the same bytes, whatever the file is called.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    with paths.written_atomically(target) as temporary, temporary.open("wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:  # torch's own, in place of what the file said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:

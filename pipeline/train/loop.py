@@ -55,6 +55,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         log.info("going on from step %d of %d", first_step, task.total_steps)
         del state
+    _agree_on(first_step, world)
     if world.is_first:
         history.cut_back(record_file, first_step)
     noise = CountedNoise(model, seed)
@@ -96,6 +97,16 @@ def train(
             break
         interval = Interval(world)
     return step == task.total_steps
+
+
+def _agree_on(first_step: int, world: ranks.World) -> None:
+    """A network file system may show one rank an older folder than another; the next attempt will see the same."""
+    if world.size == 1:
+        return
+    ends = torch.tensor([first_step, -first_step], device=world.device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if ends[0] != -ends[1]:
+        raise RuntimeError(f"the ranks found different checkpoints, of steps {-int(ends[1])} to {int(ends[0])}")
 
 
 def _replicate(model: nn.Module, world: ranks.World) -> nn.Module:

@@ -1,0 +1,242 @@
+"""Submission and waiting on a real Slurm: all trainings at once, few queries, held jobs, `jobs`, `cancel`, `doctor`."""
+
+import itertools
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Checkout
+from slurm_cluster import SlurmCluster, wait_until
+
+from pipeline import paths
+from pipeline.launch import slurm
+from pipeline.launch.record import Job
+
+pytest_plugins = "slurm_cluster"
+
+COUNTING = """#!/bin/sh
+date +%s.%N >> "$QUERIES"
+exec {program} "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout_on_slurm(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+    """A checkout with both data sets made, two variants and two seeds of S12 to train; its squeue writes a log."""
+    checkout = Checkout(tmp_path_factory.mktemp("jobs"))
+    programs = checkout.folder / "programs"
+    programs.mkdir()
+    found = subprocess.run(["which", "squeue"], capture_output=True, text=True, check=True).stdout.strip()
+    (programs / "squeue").write_text(COUNTING.format(program=found))
+    (programs / "squeue").chmod(0o755)
+    checkout.environment |= {
+        "PIPELINE_CLUSTER": "slurm/dev.yaml",
+        "PATH": f"{programs}:{checkout.environment['PATH']}",
+        "QUERIES": str(checkout.folder / "queries.txt"),
+        "SLURM_CONF": "/run/slurm_dev/slurm.conf",
+    }
+    variants = "train=[poolformer_s12,poolformer_s24]"
+    checkout.pipeline("compose", "scale=demo", f"classification.{variants}", f"segmentation.{variants}")
+    checkout.run("dvc", "repro", "convert_imagenet", "convert_ade20k")
+    yield checkout
+    for job in queued(slurm_cluster, checkout):
+        slurm_cluster.run("scancel", job)
+
+
+def queued(cluster: SlurmCluster, checkout: Checkout, *columns: str) -> dict[str, list[str]]:
+    """Jobs of this checkout that wait or run: id -> the columns asked for (squeue's letters)."""
+    wanted = "|".join(["%i", "%Z", *columns])
+    lines = [line.split("|") for line in cluster.run("squeue", "-h", "--array", "-o", wanted).splitlines()]
+    return {line[0]: line[2:] for line in lines if line[1] == str(checkout.folder)}
+
+
+def end(cluster: SlurmCluster, checkout: Checkout, repro: subprocess.Popen[str]) -> None:
+    for job in queued(cluster, checkout):
+        cluster.run("scancel", job)
+    repro.wait(timeout=120)
+    wait_until(lambda: not queued(cluster, checkout), "an empty queue")
+
+
+def test_repro_queues_all_trainings_and_asks_rarely(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
+    """Both classifiers as an array, each segmenter behind its own; then three processes wait for 25 s."""
+    checkout = checkout_on_slurm
+    repro = subprocess.Popen(
+        ["dvc", "repro"], cwd=checkout.folder, env=checkout.environment, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert repro.stdout is not None
+    while "Running stage 'train_classifier" not in repro.stdout.readline():
+        assert repro.poll() is None
+    started = time.monotonic()
+    wait_until(lambda: len(queued(slurm_cluster, checkout)) == 4, "four jobs", 60)
+    print(f"\nfrom the first training's stage to four jobs in the queue: {time.monotonic() - started:.1f} s")
+    names = queued(slurm_cluster, checkout, "%j", "%E")
+    array = {job: name for job, (name, _) in names.items() if name == "train_classifier"}
+    assert {job.partition("_")[2] for job in array} == {"0", "1"}
+    behind = {name: after for name, after in names.values() if name.startswith("train_segmenter")}
+    (base,) = {job.partition("_")[0] for job in array}
+    assert behind["train_segmenter-poolformer_s12-0"].startswith(f"afterok:{base}_0")
+    assert behind["train_segmenter-poolformer_s24-0"].startswith(f"afterok:{base}_1")
+
+    others = [
+        subprocess.Popen(
+            ["python", "-m", "pipeline", "train_classifier", variant, "0"],
+            cwd=checkout.folder,
+            env=checkout.environment,
+            stdout=subprocess.DEVNULL,
+        )
+        for variant in ("poolformer_s12", "poolformer_s24")
+    ]
+    time.sleep(8)
+    queries = checkout.folder / "queries.txt"
+    queries.unlink()
+    time.sleep(25)
+    times = [float(line) for line in queries.read_text().split()]
+    assert 2 <= len(times) <= 3
+    assert min(b - a for a, b in itertools.pairwise(times)) >= slurm.POLL_S - 1
+    assert len(queued(slurm_cluster, checkout)) == 4  # the others attached
+
+    held = next(job for job, (name, _) in names.items() if name == "train_segmenter-poolformer_s24-0")
+    slurm_cluster.run("scontrol", "hold", held)
+    time.sleep(slurm.POLL_S)
+    table = checkout.pipeline("jobs").stdout
+    rows = {line.split()[0]: line for line in table.splitlines()[1:]}
+    assert set(rows) == set(names)
+    assert "is held" in rows[held]
+    assert f"scontrol release {held}" in rows[held]
+    assert "RUNNING" in rows[f"{base}_0"]
+    assert "n[1-2]" in rows[f"{base}_0"]
+
+    ended = checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0", "poolformer_s24-0").stdout
+    assert ended.count("ended job") == 2
+    wait_until(lambda: not queued(slurm_cluster, checkout), "the dependent jobs' end")
+    assert repro.wait(timeout=120) != 0
+    for other in others:
+        assert other.wait(timeout=60) == 1
+    assert "no job waits or runs" in checkout.pipeline("jobs").stdout
+
+
+def test_one_target_queues_only_what_it_needs(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
+    checkout = checkout_on_slurm
+    targets = ["dvc", "repro", "evaluate_segmenter@poolformer_s12-0"]
+    repro = subprocess.Popen(targets, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL)
+    wait_until(lambda: len(queued(slurm_cluster, checkout)) >= 2, "two jobs", 60)
+    time.sleep(2)
+    names = {name for (name,) in queued(slurm_cluster, checkout, "%j").values()}
+    assert names == {"train_classifier-poolformer_s12-0", "train_segmenter-poolformer_s12-0"}
+    end(slurm_cluster, checkout, repro)
+
+
+def test_a_command_by_itself_queues_itself(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
+    """And a pending reason is told while it waits."""
+    checkout = checkout_on_slurm
+    occupying = slurm_cluster.submit(checkout.folder, "sleep 600", "--nodes=2", "--exclusive", "--partition=priority")
+    output = checkout.folder / "waiting.txt"
+    with output.open("w") as stream:
+        stage = subprocess.Popen(
+            ["python", "-m", "pipeline", "train_classifier", "poolformer_s12", "0"],
+            cwd=checkout.folder,
+            env=checkout.environment,
+            stdout=stream,
+        )
+    wait_until(lambda: "waits (Resources" in output.read_text() or "waits (Priority" in output.read_text(), "a reason")
+    assert len(queued(slurm_cluster, checkout)) == 2  # the occupying one's folder is the same
+    stage.send_signal(2)
+    assert stage.wait(timeout=30) == 1
+    assert set(queued(slurm_cluster, checkout)) > {occupying}  # Ctrl-C asks nothing of the job
+    for job in queued(slurm_cluster, checkout):
+        slurm_cluster.run("scancel", job)
+
+
+def test_doctor_tries_the_cluster_and_names_what_is_wrong(
+    slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout
+) -> None:
+    checkout = checkout_on_slurm
+    tried = checkout.pipeline("doctor", "--test-job").stdout
+    assert "would accept a job of this profile" in tried
+    assert "rank 0" in tried
+    assert "n1: CPU, 0 GPUs" in tried
+    assert "n2: CPU, 0 GPUs" in tried
+
+    dev = (checkout.folder / "slurm/dev.yaml").read_text()
+    for change, complaint in (
+        (("partition: main", "partition: gpu"), "gpu is not one of main, priority"),
+        (("cpus_per_task: 1", "cpus_per_task: 3"), "0 of 2 nodes have the 3 cores"),
+        (("gpus_per_node: 0", "gpus_per_node: 8"), "0 of 2 nodes have the 8 GPUs"),
+        (("time_min: 120", "time_min: 120\nmemory_gb: 4000"), "MB of memory"),
+        (("time_min: 120", "time_min: 120\nconstraint: a100"), "would refuse a job"),
+    ):
+        assert change[0] in dev
+        (checkout.folder / "slurm/wrong.yaml").write_text(dev.replace(*change))
+        done = checkout.pipeline("doctor", check=False, PIPELINE_CLUSTER="slurm/wrong.yaml")
+        assert done.returncode == 1
+        assert complaint in " ".join(done.stdout.split())
+
+
+def test_container_set_up_and_environment_reach_the_ranks(
+    slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout
+) -> None:
+    """The container here is a mount namespace of its own, in which /mnt is another one."""
+    checkout = checkout_on_slurm
+    inside = checkout.folder / "inside.sh"
+    inside.write_text('#!/bin/sh\nmount -t tmpfs none /mnt\ntouch "/mnt/$FROM_ENVIRONMENT.$FROM_SETUP"\nexec "$@"\n')
+    inside.chmod(0o755)
+    dev = (checkout.folder / "slurm/dev.yaml").read_text()
+    extra = f"container: unshare --mount {inside}\nsetup: ['export FROM_SETUP=2']\n"
+    (checkout.folder / "slurm/contained.yaml").write_text(dev + "  FROM_ENVIRONMENT: one\n" + extra)
+    check = checkout.folder / "pipeline/tasks/test_job.py"
+    before = check.read_text()
+    check.write_text(before.replace('Path("params.yaml").exists()', 'Path("/mnt/one.2").exists()'))
+    try:
+        done = checkout.pipeline("doctor", "--test-job", PIPELINE_CLUSTER="slurm/contained.yaml")
+    finally:
+        check.write_text(before)
+    assert "rank 1" in done.stdout
+    assert "does not see" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rows", "sacct", "asks", "is_over"),
+    [
+        # What squeue and sacct said on the development cluster, after each fault, of a job that lives or has ended.
+        ("7|COMPLETING|None|N/A|n[1-2]|{token}", "7|NODE_FAIL", 1, False),
+        ("7|PENDING|BeginTime|N/A||{token}", "7|REQUEUED", 6, False),
+        ("7|PREEMPTED|None|N/A||{token}", "", 1, False),
+        ("7|NODE_FAIL|None|N/A||{token}", "", 4, True),
+        ("7|CANCELLED|None|N/A||{token}", "", 1, True),
+        ("", "7|COMPLETED", 1, True),
+        ("", "7|NODE_FAIL", 3, False),
+        ("", "7|NODE_FAIL", 4, True),
+        ("", "", 1, False),
+        ("", "", 2, True),
+        ("7|RUNNING|None|N/A|n1|metaformer-another", "", 2, True),
+        (None, "7|FAILED", 6, False),  # the controller does not answer
+    ],
+)
+def test_what_slurm_says_of_a_job(
+    rows: str | None,
+    sacct: str,
+    asks: int,
+    is_over: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths.RUNS.mkdir()
+    job = Job("slurm", "metaformer-this", "jobs", {}, submitted=0.0, job_id="7")
+    said = {"squeue": rows, "sacct": sacct}
+
+    def answer(command: list[str], extra: dict[str, str]) -> str:
+        text = said[command[0]]
+        if text is None:
+            raise slurm.UnreachableError("Unable to contact slurm controller")
+        return text.format(token=job.token)
+
+    monkeypatch.setattr(slurm, "ask", answer)
+    for _ in range(asks):
+        status = slurm.look(job)
+        cache = json.loads((paths.RUNS / "slurm.json").read_text())
+        (paths.RUNS / "slurm.json").write_text(json.dumps({**cache, "asked": 0.0}))
+    assert status.is_over is is_over

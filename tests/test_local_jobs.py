@@ -1,0 +1,193 @@
+"""Jobs on this machine without Slurm: several ranks, a signal, the launcher's death, and the first error of several."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Checkout
+from slurm_cluster import wait_until
+
+from pipeline.cluster import Profile, load_profile
+from pipeline.errors import UserError
+from pipeline.launch import attempts, record, rendezvous
+from pipeline.launch.attempts import Attempt
+from pipeline.launch.record import Job
+from pipeline.launch.slurm import environment
+
+RUN = Path("runs/train_classifier/poolformer_s12-0")
+COMMAND = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12", "0"]
+TWO_RANKS = "kind: local\ngpus_per_node: 0\nranks_per_node: 2\ncpus_per_task: 1\ncheckpoint_interval_s: 600\n"
+
+
+def test_two_ranks_share_a_training_and_stop_together_on_sigterm(checkout: Checkout) -> None:
+    """SIGTERM to the job's controller, as at a machine's shutdown; the next run goes on from that very step."""
+    (checkout.folder / "slurm/two.yaml").write_text(TWO_RANKS)
+    checkout.environment["PIPELINE_CLUSTER"] = "slurm/two.yaml"
+    checkout.pipeline("compose", "scale=demo", "classification.recipe.max_steps=60")
+    checkout.pipeline("prepare_imagenet")
+    checkout.pipeline("convert_imagenet")
+    log, output = checkout.folder / RUN / "log.txt", checkout.folder / "output.txt"
+    with output.open("w") as stream:
+        stage = subprocess.Popen(
+            COMMAND, cwd=checkout.folder, env=checkout.environment, stdout=stream, stderr=subprocess.STDOUT
+        )
+    wait_until(lambda: log.exists() and " step 20/60" in log.read_text(), "the first steps", 240)
+    controller = psutil.Process(int(json.loads((checkout.folder / RUN / "job.json").read_text())["job_id"]))
+    ranks = [process for process in controller.children() if "submitit.core._submit" in process.cmdline()]
+    assert len(ranks) == 2
+    controller.terminate()
+    assert stage.wait(timeout=120) == 1
+    assert "stopped by a signal" in output.read_text()
+    assert not any(rank.is_running() for rank in ranks)
+    (checkpoint,) = (checkout.folder / RUN / "checkpoints").glob("*.pt")
+    stopped = re.findall(r" step (\d+)/60", log.read_text())[-1]
+    assert checkpoint.name == f"step-{stopped}.pt"
+
+    checkout.pipeline("train_classifier", "poolformer_s12", "0")
+    assert f"going on from step {stopped} of 60" in log.read_text()
+    assert (
+        json.loads((checkout.folder / "results/train_classifier/poolformer_s12-0.cost.json").read_text())["ranks"] == 2
+    )
+
+
+def test_a_local_launcher_killed_before_it_noted_its_job_is_followed(checkout: Checkout) -> None:
+    """The record of the job's start is taken back to what it was before: the next run finds the process."""
+    checkout.environment["PIPELINE_CLUSTER"] = "slurm/local.yaml"
+    checkout.pipeline("compose", "scale=demo", "classification.recipe.max_steps=400")
+    checkout.pipeline("prepare_imagenet")
+    checkout.pipeline("convert_imagenet")
+    record_file = checkout.folder / RUN / "job.json"
+    first = subprocess.Popen(COMMAND, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL)
+    wait_until(lambda: record_file.exists() and json.loads(record_file.read_text())["job_id"], "the submission", 60)
+    first.kill()
+    first.wait()
+    job = json.loads(record_file.read_text())
+    wait_until(lambda: (checkout.folder / RUN / "log.txt").exists(), "the job's start", 60)
+    record_file.write_text(json.dumps({**job, "job_id": None, "created": None}))
+    second = subprocess.Popen(
+        COMMAND, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert second.stdout is not None
+    assert f"attached to local job {job['job_id']}" in second.stdout.readline()
+    checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0")
+    second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert not psutil.pid_exists(int(job["job_id"])) or (
+        psutil.Process(int(job["job_id"])).status() == psutil.STATUS_ZOMBIE
+    )
+
+
+def test_ranks_meet_at_a_free_port_and_not_at_the_attempts_before(run_folder: Path) -> None:
+    """The port of the attempt before is still held; its note is there too."""
+    before = rendezvous.meet(run_folder, Attempt("4711", 1), "127.0.0.1", 0, 2)
+    met: list[Any] = []
+    attempt = Attempt("4711", 2)
+    other = threading.Thread(target=lambda: met.append(rendezvous.meet(run_folder, attempt, "127.0.0.1", 1, 2)))
+    other.start()
+    time.sleep(0.3)
+    assert other.is_alive()
+    store = rendezvous.meet(run_folder, attempt, "127.0.0.1", 0, 2)
+    other.join(timeout=30)
+    store.set("key", "value")
+    assert met[0].get("key") == b"value"
+    assert met[0].port == store.port != before.port
+    assert [path.name for path in run_folder.glob("meeting-*")] == ["meeting-4711.2.json"]
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    (tmp_path / "jobs").mkdir()
+    return tmp_path
+
+
+def leave_error(folder: Path, attempt: Attempt, rank: int, error: Exception) -> None:
+    with pytest.raises((SystemExit, type(error))), attempts.errors_of_rank(folder, attempt, rank):
+        raise error
+
+
+def test_the_cause_is_told_and_not_what_followed_from_it(run_folder: Path) -> None:
+    attempt, log = Attempt("7", 0), run_folder / "jobs/7_0_log.out"
+    leave_error(run_folder, attempt, 0, RuntimeError("[gloo/pair.cc] Connection closed by peer [10.0.0.2]"))
+    time.sleep(0.01)
+    leave_error(run_folder, attempt, 1, ValueError("bad pixel"))
+    leave_error(run_folder, attempt, 2, ValueError("later"))
+    assert attempts.fail(run_folder, attempt, log)
+    assert "rank 1 on" in record.failures(run_folder)[-1].message
+    assert "ValueError: bad pixel" in record.failures(run_folder)[-1].message
+
+
+def test_a_rank_that_was_killed_is_named_from_the_log_of_its_own_attempt(run_folder: Path) -> None:
+    log = run_folder / "jobs/7_0_log.out"
+    log.write_text(
+        f"{attempts.BEGINS} 7.0\nsrun: error: n1: task 0: Exited with exit code 1\n"
+        f"{attempts.BEGINS} 7.1\nsrun: error: n9: task 9: Killed\nsrun: error: n1: tasks 0-8: Killed\n"
+    )
+    assert attempts.fail(run_folder, Attempt("7", 1), log)
+    assert record.failures(run_folder)[-1].message == "rank 9 on n9 ended without a word: Killed"
+
+
+def test_failures_are_counted_only_while_no_checkpoint_is_new(run_folder: Path) -> None:
+    (run_folder / "checkpoints").mkdir()
+    log = run_folder / "jobs/7_0_log.out"
+    going_on = []
+    for restart, step in enumerate([0, 0, 20, 20, 40, 40, 40]):
+        (run_folder / f"checkpoints/step-{step}.sha256").touch()
+        going_on.append(attempts.fail(run_folder, Attempt("7", restart), log))
+    assert going_on == [True, True, True, True, True, True, False]
+    job = Job("slurm", "t", str(run_folder / "jobs"), {}, 0.0, job_id="7")
+    log.write_text("the last words\n")
+    said = attempts.report(run_folder, job)
+    assert "failed 3 times without getting beyond step 40" in said
+    assert "the last words" in said
+
+
+def test_an_error_of_the_users_is_told_alone_and_not_tried_again(run_folder: Path) -> None:
+    attempt, log = Attempt("7", 0), run_folder / "jobs/7_0_log.out"
+    leave_error(run_folder, attempt, 1, UserError("train.beton is cut short"))
+    assert not attempts.fail(run_folder, attempt, log)
+    job = Job("slurm", "t", str(run_folder / "jobs"), {}, 0.0, job_id="7")
+    assert attempts.report(run_folder, job) == "train.beton is cut short"
+
+
+def test_a_surrounding_jobs_variables_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_PARTITION", "SLURM_CONF"):
+        monkeypatch.setenv(name, "outer")
+    with environment({"EXTRA": "1"}):
+        inside = dict(os.environ)
+    assert inside["EXTRA"] == "1"
+    assert inside["SLURM_CONF"] == "outer"
+    assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_PARTITION"} & inside.keys()
+    assert os.environ["SLURM_JOB_ID"] == "outer"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("kind: local\npartition: gpu\n", "partition means nothing for kind local"),
+        ("kind: local\nnodes: 2\n", "kind local has one node"),
+        ("kind: slurm\n", "'auto' is for kind local"),
+        ("kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\nparition: gpu\n", "partition"),
+        ("kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\ntime_min: 0\n", "time_min"),
+        ("kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\ntime_min: 1\nsignal_delay_s: 60\n", "signal_delay_s"),
+    ],
+)
+def test_a_faulty_profile_is_one_line_that_names_it(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=complaint) as caught:
+        load_profile(path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_profiles_of_the_project_are_valid() -> None:
+    profiles = {path.stem: load_profile(path) for path in Path("slurm").glob("*.yaml")}
+    assert isinstance(profiles["local"], Profile)
+    assert profiles["dev"].world_size == 2
