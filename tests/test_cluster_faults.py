@@ -22,7 +22,7 @@ from slurm_cluster import SlurmCluster, wait_until
 
 pytest_plugins = "slurm_cluster"
 
-STEPS = 240
+STEPS = 280
 INTERVAL = 20  # steps between two checkpoints
 PATIENCE_S = 240  # two cores may have other work to do
 RUN = Path("runs/train_classifier/poolformer_s12-0")
@@ -191,6 +191,9 @@ def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Tra
     stages[0].wait()
     disturb(training, "scancel --signal=USR2", lambda: cluster.run("scancel", "--signal=USR2", job))
     disturb(training, "scontrol requeue", lambda: cluster.run("scontrol", "requeue", job))
+    one_minute = ("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # the warning comes a minute before
+    disturb(training, "time limit", lambda: cluster.run(*one_minute))
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     disturb(training, "kill -9 of one rank", lambda: training.ranks()[1].kill())
     assert "rank 1 on n2 ended without a word: Killed" in training.failures()[0]["message"]
     disturb(training, "a node without power", lambda: (cluster.kill("n2"), time.sleep(3), cluster.up()))
@@ -198,7 +201,7 @@ def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Tra
     started = time.monotonic()
     os.kill(cluster.pid("slurmctld"), signal.SIGTERM)
     cluster.kill("slurmdbd")
-    wait_until(lambda: "Slurm does not answer" in training.outputs[1].read_text(), "word of it", PATIENCE_S)
+    wait_until(lambda: "Slurm does not answer" in training.outputs[-1].read_text(), "word of it", PATIENCE_S)
     cluster.up()
     COSTS.append(f"slurmctld and slurmdbd away | trains on | {time.monotonic() - started:.0f} s away")
     training.finish(stages[1])

@@ -12,6 +12,7 @@ import psutil
 
 from pipeline import paths
 from pipeline.cluster import Profile
+from pipeline.errors import UserError
 from pipeline.launch import slurm
 from pipeline.launch.batch_script import resources
 from pipeline.launch.fingerprint import Work
@@ -99,7 +100,7 @@ def _acceptance(profile: Profile, path: Path) -> Entry:
 def _accounting(profile: Profile) -> Entry:
     try:
         slurm.ask(["sacct", "--noheader", "--allocations"], profile.environment)
-    except UnreachableError as error:
+    except (UnreachableError, UserError) as error:
         return "note", "sacct", f"no accounting ({error}): ends are known for as long as squeue lists them"
     return "ok", "sacct", "answers"
 
@@ -119,7 +120,7 @@ def try_job(profile: Profile) -> Iterator[Entry]:
     Raises:
         UserError: it failed.
     """
-    short = profile.model_copy(update={"time_min": min(profile.time_min, TEST_JOB_MIN)})
+    short = profile.model_copy(update={"time_min": min(profile.time_min, TEST_JOB_MIN), "signal_delay_s": 10})
     result = paths.RUNS / "doctor/test-job.json"
     work = Work(
         stage="doctor",

@@ -71,9 +71,9 @@ def write_job(folder: Path, job: Job) -> Job:
 
 
 def fill_in(folder: Path, token: str, job_id: str, created: float | None = None) -> bool:
-    """Note which job a token became; False if the run folder waits for another submission."""
+    """Note which job a token became; False if the run folder waits for another one."""
     job = read_job(folder)
-    if job is None or job.token != token:
+    if job is None or job.token != token or job.job_id not in (None, job_id):
         return False
     if job.job_id is None:
         write_job(folder, replace(job, job_id=job_id, created=created))

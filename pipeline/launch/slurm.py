@@ -104,7 +104,7 @@ def _sacct(jobs: list[str], extra: dict[str, str]) -> dict[str, str]:
     ]
     try:
         lines = ask(command, extra).splitlines()
-    except UnreachableError:
+    except (UnreachableError, UserError):
         return {}
     return {identity: state.split()[0].rstrip("+") for identity, state in (line.split("|") for line in lines) if state}
 
@@ -191,7 +191,7 @@ def find(job: Job) -> str | None:
     bases = {identity.split("_")[0] for identity, row in squeue(job.environment).items() if row.comment == job.token}
     if not bases:
         return None
-    (base,) = bases
+    base = min(bases, key=int)  # of two, which the worker of the other will notice
     return base if job.index is None else f"{base}_{job.index}"
 
 

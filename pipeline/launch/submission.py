@@ -61,10 +61,11 @@ def attach_or_submit(run: Run, profile: Profile, *, is_retry: bool) -> Job | Non
         return _submit([run], profile)[0]
 
 
-def queue(works: Sequence[Work], profile: Profile) -> None:
+def queue(works: Sequence[Work], profile: Profile, since: float) -> None:
     """Submit all that is neither done nor queued: an array, and behind its elements one job each that needs them.
 
-    A work whose run folder another fingerprint's job holds is left to its own stage, which says so.
+    Left to its own stage is what another fingerprint's job holds the run folder of, and what was submitted after
+    `since` (Unix time, s) and has ended: by an error, or by someone who cancelled it.
     """
     with record.launching():
         first: list[Run] = []
@@ -75,8 +76,11 @@ def queue(works: Sequence[Work], profile: Profile) -> None:
             except UserError as error:
                 log.info("not queued ahead: %s", error)
                 continue
-            if not run.is_done and attach(run.folder) is None:
-                (behind if run.work.after is not None and not _upstream(run).is_done else first).append(run)
+            before = record.read_job(run.folder)
+            if run.is_done or attach(run.folder) is not None or (before is not None and before.submitted > since):
+                continue
+            record.forget_failures(run.folder)
+            (behind if run.work.after is not None and not _upstream(run).is_done else first).append(run)
         if first:
             _submit(first, profile)
         for run in behind:

@@ -8,23 +8,55 @@ to when DVC comes to it. Started in another way, a stage queues itself alone.
 import importlib
 import logging
 import os
+import time
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from pipeline.cluster import Profile
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
+from pipeline.launch.submission import queue
 
 log = logging.getLogger(__name__)
 
 
-def trainings_to_come(params: Params) -> list[Work]:
-    """Trainings that the surrounding `dvc repro` will run after this stage, as far as their data is there."""
-    options = _dvc_options()
-    if options is None:
-        return []
+def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> list[Work]:
+    """Submit a training together with those that the surrounding `dvc repro` will run after it.
+
+    Returns the others: those whose data is there already.
+    """
+    dvc = _surrounding_dvc()
+    others = _trainings_to_come(params, dvc.options) if dvc is not None else []
+    queue([work, *others], profile, since=dvc.started if dvc is not None else time.time())
+    return others
+
+
+@dataclass(frozen=True)
+class _Dvc:
+    """A `dvc repro` or `dvc exp run`: its arguments, and its start as Unix time, s."""
+
+    options: Namespace
+    started: float
+
+
+def _surrounding_dvc() -> _Dvc | None:
+    """The one that this process belongs to."""
+    for process in psutil.Process().parents():
+        try:
+            words, started = process.cmdline(), process.create_time()
+        except psutil.Error:  # another user's, on a system that hides those
+            continue
+        places = [place for place, word in enumerate(words) if Path(word).name == "dvc"]
+        if places and (options := _parsed(words[places[0] + 1 :])) is not None:
+            return _Dvc(options, started)
+    return None
+
+
+def _trainings_to_come(params: Params, options: Namespace) -> list[Work]:
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -37,22 +69,8 @@ def trainings_to_come(params: Params) -> list[Work]:
     except DvcException as error:
         log.info("queued this training alone: %s", error)
         return []
-    works = []
-    for stage, variant, seed in names:
-        work = importlib.import_module(f"pipeline.stages.{stage}").work(params, variant, int(seed))
-        if work is not None:
-            works.append(work)
-    return works
-
-
-def _dvc_options() -> Namespace | None:
-    """The arguments of the `dvc repro` or `dvc exp run` that this process belongs to."""
-    for process in psutil.Process().parents():
-        words = process.cmdline()
-        places = [place for place, word in enumerate(words) if Path(word).name == "dvc"]
-        if places and (options := _parsed(words[places[0] + 1 :])) is not None:
-            return options
-    return None
+    stages = {stage: importlib.import_module(f"pipeline.stages.{stage}") for stage in trainings}
+    return [stages[stage].work(params, variant, int(seed)) for stage, variant, seed in names]
 
 
 def _parsed(words: list[str]) -> Namespace | None:

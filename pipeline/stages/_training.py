@@ -9,9 +9,8 @@ from pipeline.cluster import load_profile
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work, fingerprint
 from pipeline.launch.jobs import run_job
-from pipeline.launch.submission import queue
 from pipeline.paper import label
-from pipeline.stages._ahead import trainings_to_come
+from pipeline.stages._ahead import queue_with_those_to_come
 from pipeline.stages._sync import catch_up, mirror_of, status
 from pipeline.tracking.about import About, Kind, dataset, flat, provenance
 from pipeline.tracking.comparison import open_comparison
@@ -28,11 +27,9 @@ def train(kind: Kind, params: Params, work: Work) -> None:
 
     On Slurm the trainings that `dvc repro` will come to are queued with it, and mirrored too.
     """
-    open_comparison(kind, params.scale, params.model_dump(mode="json"))
     profile = load_profile(paths.cluster_profile())
-    ahead = trainings_to_come(params) if profile.kind == "slurm" else []
-    if profile.kind == "slurm":
-        queue([work, *ahead], profile)
+    ahead = queue_with_those_to_come(work, params, profile) if profile.kind == "slurm" else []
+    open_comparison(kind, params.scale, params.model_dump(mode="json"))
     folder = paths.run(work.stage, work.name)
     variant, seed = work.arguments["variant"], work.arguments["seed"]
     server = Server()
