@@ -17,15 +17,12 @@ from filelock import FileLock, Timeout
 
 from pipeline import paths
 from pipeline.tracking.about import EXPERIMENTS, About
+from pipeline.tracking.run_files import RunFiles
 from pipeline.tracking.server import Server
-from pipeline.train import history
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 ENDED: tuple[Status, ...] = ("FINISHED", "FAILED", "KILLED")
-NOT_METRICS = {"step", "total_steps", "time_ms", "seconds", "seconds_left"}
-BY_EPOCH = ("loss", "learning_rate", "images_per_s")
-COST = ("images_per_s", "peak_memory_gb", "rank_hours", "gpu_hours", "energy_kwh")
 BATCH = 500
 BUDGET_S = 5.0
 """Of one update while a job runs; the rest waits for the next."""
@@ -53,6 +50,7 @@ class Mirror:
         self.file = folder / "mlflow.json"
         self.state: dict[str, Any] = {}
         self.looked_up = False
+        self.files = RunFiles(folder)
 
     def update(self, status: Status, *, in_a_hurry: bool = False) -> bool:
         """Send what MLflow lacks of the folder and set the run's status; False when something is left to send.
@@ -76,7 +74,7 @@ class Mirror:
     def is_complete(self, status: Status) -> bool:
         """Whether this server has everything, as far as the folder knows; asks no server."""
         self._load()
-        return bool(self.state.get("deleted")) or self.state.get("sent") == [self._stamp(), status]
+        return bool(self.state.get("deleted")) or self.state.get("sent") == [self.files.stamp(), status]
 
     @property
     def is_settled(self) -> bool:
@@ -91,7 +89,7 @@ class Mirror:
 
     def _update(self, client: Any, about: About, status: Status, deadline: float) -> None:
         self._load()
-        stamp = self._stamp()
+        stamp = self.files.stamp()
         if not self.looked_up:
             self._look_up(client, about)
         if self.state.get("deleted"):
@@ -99,14 +97,18 @@ class Mirror:
         run_id = self.state["run_id"]
         try:
             self._send_tags(client, run_id)
-            for name, metrics in (("steps", self._steps()), ("samples", self._samples()), ("final", self._final())):
+            for name, metrics in (
+                ("steps", self.files.steps(after=self.state.get("steps", 0))),
+                ("samples", self.files.samples()),
+                ("final", self.files.final()),
+            ):
                 if not self._send(client, run_id, name, metrics, deadline):
                     return
             if self.state.get("status") != status:
                 if status == "RUNNING":
                     client.update_run(run_id, status)
                 else:
-                    client.set_terminated(run_id, status, self._ended_ms())
+                    client.set_terminated(run_id, status, self.files.ended_ms())
                 self.state["status"] = status
             self.state["sent"] = [stamp, status]
             self._save()
@@ -217,64 +219,6 @@ class Mirror:
             self._save()
         return True
 
-    def _steps(self) -> list[Any]:
-        from mlflow.entities import Metric
-
-        records = history.read(self.folder / "history.jsonl")
-        return [
-            Metric(key, float(value), int(record.get("time_ms", 0)), record["step"])
-            for record in records
-            for key, value in record.items()
-            if key not in NOT_METRICS and isinstance(value, int | float)
-        ]
-
-    def _samples(self) -> list[Any]:
-        """What the sampler wrote of processor, memory and GPU, under MLflow's own names."""
-        from mlflow.entities import Metric
-
-        return [
-            Metric(f"system/{key}", float(value), int(record["time_ms"]), record["step"])
-            for record in history.read(self.folder / "system.jsonl")
-            for key, value in record.items()
-            if key not in ("step", "time_ms")
-        ]
-
-    def _final(self) -> list[Any]:
-        """Curves by epoch, cost, and the evaluation: what is known at the end."""
-        from mlflow.entities import Metric
-
-        records = history.read(self.folder / "history.jsonl")
-        metrics = list(_epochs(records))
-        last = records[-1]["step"] if records else 0
-        cost, evaluation = self.folder / "out/cost.json", self.folder / "evaluation.json"
-        if cost.exists():
-            metrics += [
-                Metric(f"cost/{key}", float(value), _modified_ms(cost), last)
-                for key, value in json.loads(cost.read_text()).items()
-                if key in COST and value is not None
-            ]
-        if evaluation.exists():
-            measured = json.loads(evaluation.read_text())
-            at = _modified_ms(evaluation)
-            # Beside the training's curve of that name.
-            values = {"val_loss" if key == "loss" else key: value for key, value in measured.items()}
-            metrics += [Metric(key, float(value), at, last) for key, value in values.items() if value is not None]
-            if records and "top1" in values:
-                metrics.append(Metric("epoch/top1", float(values["top1"]), at, round(records[-1]["epoch"])))
-        return metrics
-
-    def _ended_ms(self) -> int:
-        for name in ("done", "error.txt", "history.jsonl"):
-            if (self.folder / name).exists():
-                return _modified_ms(self.folder / name)
-        return round(time.time() * 1000)
-
-    def _stamp(self) -> list[int]:
-        """Changes when a file that is mirrored does."""
-        names = ("about.json", "job.json", "history.jsonl", "system.jsonl", "out/cost.json", "evaluation.json")
-        files = [self.folder / name for name in names]
-        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
-
     def _load(self) -> None:
         everywhere = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.state = everywhere.get(self.server.key, {})
@@ -283,18 +227,6 @@ class Mirror:
         everywhere = json.loads(self.file.read_text()) if self.file.exists() else {}
         with paths.written_atomically(self.file) as temporary:
             temporary.write_text(json.dumps({**everywhere, self.server.key: self.state}))
-
-
-def _epochs(records: list[dict[str, Any]]) -> Iterator[Any]:
-    """Means over the records of each whole epoch, against the epoch's number."""
-    from mlflow.entities import Metric
-
-    whole = int(records[-1]["epoch"]) if records else 0
-    for epoch in range(1, whole + 1):
-        inside = [record for record in records if epoch - 1 < record["epoch"] <= epoch]
-        for key in BY_EPOCH if inside else ():
-            mean = sum(record[key] for record in inside) / len(inside)
-            yield Metric(f"epoch/{key}", mean, int(inside[-1].get("time_ms", 0)), epoch)
 
 
 def _by_step(metrics: list[Any]) -> Iterator[list[Any]]:
@@ -315,7 +247,3 @@ def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _modified_ms(file: Path) -> int:
-    return file.stat().st_mtime_ns // 1_000_000
