@@ -12,10 +12,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := true
 
-# FFCV and the pixel library are compiled here; Slurm, PostgreSQL and a browser are for the tests.
+# FFCV and the pixel library are compiled here; Slurm, PostgreSQL, a browser and LaTeX are for the tests.
 APT_BUILD := build-essential pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev
 APT_SLURM := slurm-wlm slurmdbd munge mariadb-server
-APT_TRACKING := postgresql chromium
+APT_TRACKING := postgresql chromium texlive-latex-recommended
 
 .PHONY: help setup demo test bench dashboard check apt-build apt-test
 

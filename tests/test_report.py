@@ -3,7 +3,10 @@
 import base64
 import hashlib
 import io
+import os
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -357,6 +360,24 @@ def test_latex_is_balanced(tmp_path: Path) -> None:
         assert len({row.count("&") for row in rows}) == 1
         assert not re.search(r"(?<!\\)[%#_](?!.*usepackage)", "\n".join(rows))
         assert text.isascii()
+
+
+def test_latex_compiles(tmp_path: Path) -> None:
+    if shutil.which("pdflatex") is None:
+        reason = "no pdflatex: as root, apt-get install texlive-latex-recommended"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    report(tmp_path, comparable=False, reason=REASON)
+    inputs = "".join(rf"\input{{{path.name}}}" for path in sorted(tmp_path.glob("*.tex")))
+    packages = r"\usepackage{booktabs,graphicx}"
+    (tmp_path / "all.tex").write_text(rf"\documentclass{{article}}{packages}\begin{{document}}{inputs}\end{{document}}")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "2 pages" in done.stdout
 
 
 def test_five_hundred_runs_are_quickly_reported(tmp_path: Path) -> None:
