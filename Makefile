@@ -36,8 +36,11 @@ test: setup apt-test  ## every check and every test
 	lint-imports
 	pytest
 
-bench: setup  ## data path against timm's loader and stock FFCV, on this machine
+bench: setup  ## data path, training step and the rest against timm and stock FFCV, on this machine
 	@python -m benchmarks
+	python -m benchmarks.training_step
+	python -m benchmarks.data_behind_step
+	python -m benchmarks.time_to_accuracy
 
 dashboard: setup  ## MLflow's interface on http://127.0.0.1:5000 (PORT=)
 	@python -m pipeline views http://127.0.0.1:$(PORT)

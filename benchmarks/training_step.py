@@ -96,13 +96,15 @@ def measure(variant: str, batch: int, image_px: int, repeats: int) -> list[dict[
     rows = []
     for (rival, phase), own in rates.items():
         work, rate = works[rival], median(own)
+        peak_flop_per_s = max(w.peak_flop_per_s for w in works.values() if w.precision == work.precision)
+        peak_bytes_per_s = max(w.peak_bytes_per_s for w in works.values())
         passes = 1 if phase == "inference" else 1 + BACKWARD_WORK
         row = machine_row() | {"variant": variant, "rival": rival, "precision": work.precision, "phase": phase}
         row |= {"batch": batch, "image_px": image_px, "repeats": repeats, "images_per_s": rate}
         for name, reference in (("ratio_to_timm", "timm, fp32"), ("ratio_to_timm_bf16", "timm, bf16")):
             row[name] = median(a / b for a, b in zip(own, rates[reference, phase], strict=True))
-        row["flop_share"] = rate * passes * work.flop_per_image / work.peak_flop_per_s
-        row["byte_share"] = rate * passes * work.bytes_per_image / work.peak_bytes_per_s
+        row["flop_share"] = rate * passes * work.flop_per_image / peak_flop_per_s
+        row["byte_share"] = rate * passes * work.bytes_per_image / peak_bytes_per_s
         rows.append(row | {"peak_memory_gb": memory[rival]})
     return rows
 

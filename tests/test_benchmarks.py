@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -15,8 +16,8 @@ DECODED = {"decode, Pillow", "decode, ours"}
 CONVERTED = {"ours, original", "ours, compact", "stock FFCV's writer"}
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks", *arguments]
+def bench(*arguments: str, module: str = "benchmarks") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -39,6 +40,81 @@ def test_every_measurement_gets_a_finite_row_and_a_bar(tmp_path: Path) -> None:
     assert rows.loc[("load", "timm's loader"), "ratio_to_timm"] == 1
     figure = (tmp_path / "data_path.svg").read_text()
     assert figure.rstrip().endswith("</svg>")
+
+
+@pytest.mark.slow
+def test_every_rival_gets_a_row_for_each_phase(tmp_path: Path) -> None:
+    small = ["--variants", "poolformer_s12", "--batch", "2", "--image-size", "64", "--repeats", "1"]
+    done = bench(*small, "--output", str(tmp_path), module="benchmarks.training_step")
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_csv(tmp_path / "training_step.csv").set_index(["rival", "phase"])
+    assert {rival for rival, _ in rows.index} == {"ours", "timm, fp32", "timm, bf16", "official block, fp32"}
+    assert len(rows) == 4 * len({"inference", "forward and backward", "step"})
+    numbers = rows.select_dtypes("number")
+    assert {"images_per_s", "ratio_to_timm", "flop_share", "byte_share", "peak_memory_gb"} <= set(numbers)
+    assert np.isfinite(numbers).all(axis=None)
+    assert (numbers > 0).all(axis=None)
+    assert (rows.loc["timm, fp32", "ratio_to_timm"] == 1).all()
+
+
+def test_the_plain_blocks_are_the_official_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.plain_poolformer import PlainPoolFormer
+    from pipeline.models import create_classifier
+
+    ours, plain = create_classifier("poolformer_s12", 7).double().eval(), PlainPoolFormer("poolformer_s12", 7).double()
+    with torch.no_grad():
+        own = dict(ours.named_parameters())
+        blocks = [name.removesuffix("norm1.weight") for name in own if name.endswith("norm1.weight")]
+        layers = iter(plain.features)
+        copies = {"norm1": "norm1", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+        for layer in layers:
+            if isinstance(layer, torch.nn.Conv2d):
+                name = "stem.conv" if layer.in_channels == 3 else blocks[0].split("blocks")[0] + "downsample.conv"
+                pairs = {name: layer}
+            elif isinstance(layer, torch.nn.GroupNorm):
+                pairs = {"head.norm": layer}
+            else:
+                prefix = blocks.pop(0)
+                pairs = {prefix + theirs: getattr(layer, mine) for mine, theirs in copies.items()}
+                layer.scale1.copy_(own[prefix + "layer_scale1.scale"].uniform_())
+                layer.scale2.copy_(own[prefix + "layer_scale2.scale"].uniform_())
+            for name, part in pairs.items():
+                part.weight.copy_(own[f"{name}.weight"])
+                part.bias.copy_(own[f"{name}.bias"])
+        plain.classify.load_state_dict(ours.head["fc"].state_dict())
+        images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+        assert (ours(images) - plain(images)).abs().max() < 1e-10
+
+
+@pytest.mark.slow
+def test_loading_is_compared_with_ready_batches(tmp_path: Path) -> None:
+    small = ["--batch", "2", "--image-size", "64", "--steps", "3", "--repeats", "1", "--output", str(tmp_path)]
+    done = bench(*small, module="benchmarks.data_behind_step")
+    assert done.returncode == 0, done.stderr
+    row = pd.read_csv(tmp_path / "data_behind_step.csv").iloc[0]
+    numbers = row[["images_per_s", "images_per_s_without_loading", "ratio_to_without_loading", "data_wait"]]
+    assert (numbers.astype(float) > 0).all()
+    assert row["data_wait"] < 1
+    assert row["ratio_to_without_loading"] == pytest.approx(
+        row["images_per_s"] / row["images_per_s_without_loading"], rel=1e-2
+    )
+
+
+@pytest.mark.slow
+def test_time_to_accuracy_is_a_record_that_grows(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = bench("--accuracy", "5", "--output", str(tmp_path), module="benchmarks.time_to_accuracy")
+        assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "time_to_accuracy.csv")
+    assert len(table) == 2
+    assert (table["training_s"] > 0).all()
+    assert (table["accuracy_reached"] >= 5).all()
+    never = bench(
+        "--accuracy", "101", "--epochs-at-most", "1", "--output", str(tmp_path), module="benchmarks.time_to_accuracy"
+    )
+    assert never.returncode == 1
+    assert "raise --epochs-at-most" in never.stderr
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
