@@ -4,9 +4,12 @@ The model is logged as a pickled module of this package: `mlflow.pytorch.load_mo
 `nn.Module` itself, in this checkout's environment.
 """
 
+import io
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +53,9 @@ def _log(client: Any, run_id: str, about: About, weights: Path) -> str:
 
     call = json.loads((weights.parent.parent / "work.json").read_text())["arguments"]
     create = create_classifier if about.kind == "classifier" else create_segmenter
-    model = create(call["variant"], call["num_classes"]).eval()
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
+    with torch.device("meta"):  # no random weights for those of the file to replace
+        model = create(call["variant"], call["num_classes"]).eval()
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"], assign=True)
 
     classes = call["num_classes"]
     output = (-1, classes) if about.kind == "classifier" else (-1, classes, -1, -1)
@@ -61,9 +65,7 @@ def _log(client: Any, run_id: str, about: About, weights: Path) -> str:
     )
     size = min(EXAMPLE_PX, call["recipe"].get("image_size") or call["recipe"]["crop_size"])
     before = client.get_run(run_id).info
-    _be_quiet()
-    with warnings.catch_warnings(), mlflow.start_run(run_id=run_id):
-        warnings.simplefilter("ignore")
+    with _quietly(), mlflow.start_run(run_id=run_id):
         logged = mlflow.pytorch.log_model(
             model,
             name="model",
@@ -81,7 +83,13 @@ def _log(client: Any, run_id: str, about: About, weights: Path) -> str:
     return version
 
 
-def _be_quiet() -> None:
-    """MLflow warns of pickles that are our own, and announces each version."""
-    for name in ("mlflow", "mlflow.pytorch", "mlflow.tracking._model_registry.fluent", "mlflow.models.model"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """MLflow warns of pickles, which are our own, and announces each version, past its logger."""
+    logger = logging.getLogger("mlflow.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+    logger.setLevel(level)
