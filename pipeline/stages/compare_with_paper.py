@@ -7,6 +7,7 @@ Writes  reports/
 import json
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipeline import paths
@@ -17,6 +18,8 @@ from pipeline.stages._background import background, settings
 from pipeline.stages._comparison import log_comparison
 
 CODE = ("pipeline/paper", "pipeline/report")
+CURVE_ROWS = 1000
+"""Of a training's curve, at most: more than a figure shows."""
 
 
 def run(params: Params) -> None:
@@ -107,6 +110,7 @@ def _curves(params: Params) -> pd.DataFrame:
     for kind, task in (("classifier", "classification"), ("segmenter", "segmentation")):
         for variant, seed in _runs(params, kind):
             curve = pd.read_csv(paths.curve(f"train_{kind}", variant, seed))
-            tidy = curve.melt(id_vars=["step"], value_vars=["loss", "learning_rate"], var_name="metric")
+            shown = np.unique(np.linspace(0, len(curve) - 1, CURVE_ROWS).round().astype(int)) if len(curve) else []
+            tidy = curve.iloc[shown].melt(id_vars=["step"], value_vars=["loss", "learning_rate"], var_name="metric")
             curves.append(tidy.assign(variant=variant, seed=seed, task=task))
     return pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()
