@@ -7,7 +7,6 @@ Writes  reports/
 import json
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pipeline import paths
@@ -110,7 +109,8 @@ def _curves(params: Params) -> pd.DataFrame:
     for kind, task in (("classifier", "classification"), ("segmenter", "segmentation")):
         for variant, seed in _runs(params, kind):
             curve = pd.read_csv(paths.curve(f"train_{kind}", variant, seed))
-            shown = np.unique(np.linspace(0, len(curve) - 1, CURVE_ROWS).round().astype(int)) if len(curve) else []
-            tidy = curve.iloc[shown].melt(id_vars=["step"], value_vars=["loss", "learning_rate"], var_name="metric")
+            tidy = curve.iloc[:: len(curve) // CURVE_ROWS + 1].melt(
+                id_vars=["step"], value_vars=["loss", "learning_rate"], var_name="metric"
+            )
             curves.append(tidy.assign(variant=variant, seed=seed, task=task))
     return pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()
