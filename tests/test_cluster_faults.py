@@ -22,11 +22,12 @@ from slurm_cluster import SlurmCluster, wait_until
 
 pytest_plugins = "slurm_cluster"
 
-STEPS = 280
+STEPS = 320
 INTERVAL = 20  # steps between two checkpoints
 PATIENCE_S = 240  # two cores may have other work to do
 RUN = Path("runs/train_classifier/poolformer_s12-0")
 COMMAND = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12", "0"]
+REPRO = ("dvc", "repro", "-s", "train_classifier@poolformer_s12-0")
 PROFILE = """
 kind: slurm
 nodes: 2
@@ -177,18 +178,19 @@ def disturb(training: Training, name: str, fault: Callable[[], object]) -> None:
 def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Training, undisturbed: bytes) -> None:
     """One job: preempted, signalled, requeued, a node without power, a rank killed, controller and accounting away.
 
-    Two stages start it at one moment; one is killed in the middle, and the one that goes on waiting collects it.
+    A `dvc repro` and a stage by itself start it at one moment; the `dvc repro` is killed, and the next collects it.
     """
     cluster = training.cluster
-    stages = [training.start(), training.start()]
+    repro, stage = training.start(*REPRO), training.start()
     wait_until(lambda: training.step() >= INTERVAL, "the first steps", PATIENCE_S)
     job = training.job
 
     preempting = ("srun", "--partition=priority", "--nodes=2", "--exclusive", "true")
     disturb(training, "preemption by another job", lambda: cluster.run(*preempting))
     assert "SIGUSR2: stopping after this step" in training.log()
-    stages[0].kill()
-    stages[0].wait()
+    repro.kill()
+    repro.wait()
+    assert cluster.run("squeue", "-h", "-o", "%i") == job
     disturb(training, "scancel --signal=USR2", lambda: cluster.run("scancel", "--signal=USR2", job))
     disturb(training, "scontrol requeue", lambda: cluster.run("scontrol", "requeue", job))
     one_minute = ("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # the warning comes a minute before
@@ -198,13 +200,16 @@ def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Tra
     assert "rank 1 on n2 ended without a word: Killed" in training.failures()[0]["message"]
     disturb(training, "a node without power", lambda: (cluster.kill("n2"), time.sleep(3), cluster.up()))
 
+    repro = training.start(*REPRO)
+    wait_until(lambda: "attached to slurm job" in training.outputs[-1].read_text(), "the attachment", PATIENCE_S)
     started = time.monotonic()
     os.kill(cluster.pid("slurmctld"), signal.SIGTERM)
     cluster.kill("slurmdbd")
     wait_until(lambda: "Slurm does not answer" in training.outputs[-1].read_text(), "word of it", PATIENCE_S)
     cluster.up()
     COSTS.append(f"slurmctld and slurmdbd away | trains on | {time.monotonic() - started:.0f} s away")
-    training.finish(stages[1])
+    training.finish(repro)
+    training.finish(stage)
     assert training.submitted() == {job}
     assert training.weights() == undisturbed
     forget(training)

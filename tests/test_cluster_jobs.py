@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 from conftest import Checkout
@@ -53,25 +56,39 @@ def queued(cluster: SlurmCluster, checkout: Checkout, *columns: str) -> dict[str
     return {line[0]: line[2:] for line in lines if line[1] == str(checkout.folder)}
 
 
-def end(cluster: SlurmCluster, checkout: Checkout, repro: subprocess.Popen[str]) -> None:
-    for job in queued(cluster, checkout):
-        cluster.run("scancel", job)
-    repro.wait(timeout=120)
-    wait_until(lambda: not queued(cluster, checkout), "an empty queue")
+@contextmanager
+def started(
+    cluster: SlurmCluster, checkout: Checkout, *command: str, output: IO[str] | int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
+    """A command in the background; at the end its jobs are cancelled, on which it ends."""
+    process = subprocess.Popen(
+        command, cwd=checkout.folder, env=checkout.environment, stdout=output, text=True, bufsize=1
+    )
+    try:
+        yield process
+    finally:
+        for job in queued(cluster, checkout):
+            cluster.run("scancel", job)
+        process.communicate(timeout=120)
+        wait_until(lambda: not queued(cluster, checkout), "an empty queue")
 
 
 def test_repro_queues_all_trainings_and_asks_rarely(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
     """Both classifiers as an array, each segmenter behind its own; then three processes wait for 25 s."""
     checkout = checkout_on_slurm
-    repro = subprocess.Popen(
-        ["dvc", "repro"], cwd=checkout.folder, env=checkout.environment, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+    with started(slurm_cluster, checkout, "dvc", "repro", output=subprocess.PIPE) as repro:
+        look_at_all_that_is_queued(slurm_cluster, checkout, repro)
+    assert repro.returncode != 0
+    assert "no job waits or runs" in checkout.pipeline("jobs").stdout
+
+
+def look_at_all_that_is_queued(slurm_cluster: SlurmCluster, checkout: Checkout, repro: subprocess.Popen[str]) -> None:
     assert repro.stdout is not None
     while "Running stage 'train_classifier" not in repro.stdout.readline():
         assert repro.poll() is None
-    started = time.monotonic()
+    begun = time.monotonic()
     wait_until(lambda: len(queued(slurm_cluster, checkout)) == 4, "four jobs", 60)
-    print(f"\nfrom the first training's stage to four jobs in the queue: {time.monotonic() - started:.1f} s")
+    print(f"\nfrom the first training's stage to four jobs in the queue: {time.monotonic() - begun:.1f} s")
     names = queued(slurm_cluster, checkout, "%j", "%E")
     array = {job: name for job, (name, _) in names.items() if name == "train_classifier"}
     assert {job.partition("_")[2] for job in array} == {"0", "1"}
@@ -112,42 +129,33 @@ def test_repro_queues_all_trainings_and_asks_rarely(slurm_cluster: SlurmCluster,
     ended = checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0", "poolformer_s24-0").stdout
     assert ended.count("ended job") == 2
     wait_until(lambda: not queued(slurm_cluster, checkout), "the dependent jobs' end")
-    assert repro.wait(timeout=120) != 0
     for other in others:
         assert other.wait(timeout=60) == 1
-    assert "no job waits or runs" in checkout.pipeline("jobs").stdout
 
 
 def test_one_target_queues_only_what_it_needs(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
     checkout = checkout_on_slurm
-    targets = ["dvc", "repro", "evaluate_segmenter@poolformer_s12-0"]
-    repro = subprocess.Popen(targets, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL)
-    wait_until(lambda: len(queued(slurm_cluster, checkout)) >= 2, "two jobs", 60)
-    time.sleep(2)
-    names = {name for (name,) in queued(slurm_cluster, checkout, "%j").values()}
-    assert names == {"train_classifier-poolformer_s12-0", "train_segmenter-poolformer_s12-0"}
-    end(slurm_cluster, checkout, repro)
+    with started(slurm_cluster, checkout, "dvc", "repro", "evaluate_segmenter@poolformer_s12-0"):
+        wait_until(lambda: len(queued(slurm_cluster, checkout)) >= 2, "two jobs", 60)
+        time.sleep(2)
+        names = {name for (name,) in queued(slurm_cluster, checkout, "%j").values()}
+        assert names == {"train_classifier-poolformer_s12-0", "train_segmenter-poolformer_s12-0"}
 
 
 def test_a_command_by_itself_queues_itself(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
     """And a pending reason is told while it waits."""
     checkout = checkout_on_slurm
     occupying = slurm_cluster.submit(checkout.folder, "sleep 600", "--nodes=2", "--exclusive", "--partition=priority")
-    output = checkout.folder / "waiting.txt"
-    with output.open("w") as stream:
-        stage = subprocess.Popen(
-            ["python", "-m", "pipeline", "train_classifier", "poolformer_s12", "0"],
-            cwd=checkout.folder,
-            env=checkout.environment,
-            stdout=stream,
-        )
-    wait_until(lambda: "waits (Resources" in output.read_text() or "waits (Priority" in output.read_text(), "a reason")
-    assert len(queued(slurm_cluster, checkout)) == 2  # the occupying one's folder is the same
-    stage.send_signal(2)
-    assert stage.wait(timeout=30) == 1
-    assert set(queued(slurm_cluster, checkout)) > {occupying}  # Ctrl-C asks nothing of the job
-    for job in queued(slurm_cluster, checkout):
-        slurm_cluster.run("scancel", job)
+    command = ("python", "-m", "pipeline", "train_classifier", "poolformer_s12", "0")
+    with started(slurm_cluster, checkout, *command, output=subprocess.PIPE) as stage:
+        assert stage.stdout is not None
+        while "waits (Resources" not in (line := stage.stdout.readline()) and "waits (Priority" not in line:
+            assert stage.poll() is None
+        assert len(queued(slurm_cluster, checkout)) == 2  # itself, and the occupying job
+        stage.send_signal(signal.SIGINT)
+        assert stage.wait(timeout=30) == 1
+        assert len(queued(slurm_cluster, checkout)) == 2  # Ctrl-C asks nothing of the job
+        assert occupying in queued(slurm_cluster, checkout)
 
 
 def test_doctor_tries_the_cluster_and_names_what_is_wrong(

@@ -19,12 +19,12 @@ def show_jobs() -> None:
     """Print the table; a finished run has no row."""
     table = Table(box=None, header_style="bold")
     for column in ("job", "run", "state", "node", "epoch", "images/s", "time left", "why"):
-        table.add_column(column, justify="right" if column in ("epoch", "images/s", "time left") else "left")
+        is_number = column in ("epoch", "images/s", "time left")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=column != "why")
     rows = [row for path in sorted(paths.RUNS.glob("*/*/job.json")) if (row := _row(path.parent)) is not None]
     for row in rows:
         table.add_row(*row)
-    console = Console(width=max(120, shutil.get_terminal_size().columns))
-    console.print(table if rows else "no job waits or runs")
+    Console(width=max(120, shutil.get_terminal_size((250, 0)).columns)).print(table if rows else "no job waits or runs")
 
 
 def _row(folder: Path) -> list[str] | None:
