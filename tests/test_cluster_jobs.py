@@ -172,7 +172,7 @@ def test_doctor_tries_the_cluster_and_names_what_is_wrong(
     for change, complaint in (
         (("partition: main", "partition: gpu"), "gpu is not one of main, priority"),
         (("cpus_per_task: 1", "cpus_per_task: 3"), "0 of 2 nodes have the 3 cores"),
-        (("gpus_per_node: 0", "gpus_per_node: 8"), "0 of 2 nodes have the 8 GPUs"),
+        (("gpus_per_node: 0", "gpus_per_node: 1"), "0 of 2 nodes have the 1 GPUs"),
         (("time_min: 120", "time_min: 120\nmemory_gb: 4000"), "MB of memory"),
         (("time_min: 120", "time_min: 120\nconstraint: a100"), "would refuse a job"),
     ):
