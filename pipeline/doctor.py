@@ -125,9 +125,10 @@ def _disk(params: Params) -> Iterator[Finding]:
 
 
 def _data(params: Params) -> Iterator[Finding]:
+    ade20k_parts = tuple(f"{kind}/{split}" for split in params.ade20k.splits for kind in ("images", "annotations"))
     for name, source, root, parts in (
         ("ImageNet", params.imagenet.source, Path(params.imagenet.root), tuple(params.imagenet.splits)),
-        ("ADE20K", params.ade20k.source, Path(params.ade20k.root), ("images/training", "annotations/training")),
+        ("ADE20K", params.ade20k.source, Path(params.ade20k.root), ade20k_parts),
     ):
         if source in ("digits", "scenes"):
             yield Finding("ok", name, f"handwritten digits, written to {root} by the prepare stage")
