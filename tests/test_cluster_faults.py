@@ -22,7 +22,7 @@ from slurm_cluster import SlurmCluster, wait_until
 
 pytest_plugins = "slurm_cluster"
 
-STEPS = 320
+STEPS = 240
 INTERVAL = 20  # steps between two checkpoints
 PATIENCE_S = 240  # two cores may have other work to do
 RUN = Path("runs/train_classifier/poolformer_s12-0")
@@ -54,11 +54,14 @@ class Training:
             "SLURM_CONF": "/run/slurm_dev/slurm.conf",
         }
         (folder / "slurm/faults.yaml").write_text(PROFILE)
-        short = [f"classification.recipe.max_steps={STEPS}", "classification.recipe.epochs=10"]
-        self.checkout.pipeline("compose", "scale=demo", "classification.train=[poolformer_s12]", *short)
+        self.compose(STEPS)
         self.folder = folder / RUN
         self.outputs: list[Path] = []
         self.forgotten: set[str] = set()  # jobs of runs before
+
+    def compose(self, steps: int) -> None:
+        length = [f"classification.recipe.max_steps={steps}", "classification.recipe.epochs=1000"]
+        self.checkout.pipeline("compose", "scale=demo", "classification.train=[poolformer_s12]", *length)
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         """A stage, or another command, in the background; its output goes to a file."""
@@ -176,7 +179,7 @@ def disturb(training: Training, name: str, fault: Callable[[], object]) -> None:
 
 
 def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Training, undisturbed: bytes) -> None:
-    """One job: preempted, signalled, requeued, a node without power, a rank killed, controller and accounting away.
+    """One job: preempted, signalled, requeued, a rank killed, a node without power.
 
     A `dvc repro` and a stage by itself start it at one moment; the `dvc repro` is killed, and the next collects it.
     """
@@ -193,26 +196,48 @@ def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Tra
     assert cluster.run("squeue", "-h", "-o", "%i") == job
     disturb(training, "scancel --signal=USR2", lambda: cluster.run("scancel", "--signal=USR2", job))
     disturb(training, "scontrol requeue", lambda: cluster.run("scontrol", "requeue", job))
-    one_minute = ("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # the warning comes a minute before
-    disturb(training, "time limit", lambda: cluster.run(*one_minute))
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     disturb(training, "kill -9 of one rank", lambda: training.ranks()[1].kill())
     assert "rank 1 on n2 ended without a word: Killed" in training.failures()[0]["message"]
     disturb(training, "a node without power", lambda: (cluster.kill("n2"), time.sleep(3), cluster.up()))
 
     repro = training.start(*REPRO)
     wait_until(lambda: "attached to slurm job" in training.outputs[-1].read_text(), "the attachment", PATIENCE_S)
-    started = time.monotonic()
-    os.kill(cluster.pid("slurmctld"), signal.SIGTERM)
-    cluster.kill("slurmdbd")
-    wait_until(lambda: "Slurm does not answer" in training.outputs[-1].read_text(), "word of it", PATIENCE_S)
-    cluster.up()
-    COSTS.append(f"slurmctld and slurmdbd away | trains on | {time.monotonic() - started:.0f} s away")
     training.finish(repro)
     training.finish(stage)
     assert training.submitted() == {job}
     assert training.weights() == undisturbed
     forget(training)
+
+
+def test_a_controller_that_is_away_and_a_time_limit_cost_no_step(training: Training) -> None:
+    """In a long run that is cancelled at the end."""
+    cluster = training.cluster
+    training.compose(100_000)
+    stage = training.start()
+    wait_until(lambda: training.step() >= INTERVAL, "the first steps", PATIENCE_S)
+    job = training.job
+
+    started, before = time.monotonic(), training.step()
+    os.kill(cluster.pid("slurmctld"), signal.SIGTERM)
+    cluster.kill("slurmdbd")
+    wait_until(lambda: "Slurm does not answer" in training.outputs[-1].read_text(), "word of it", PATIENCE_S)
+    wait_until(lambda: training.step() > before, "steps meanwhile", PATIENCE_S)
+    cluster.up()
+    COSTS.append(f"slurmctld and slurmdbd away | trains on | {time.monotonic() - started:.0f} s away")
+
+    def limit_time() -> None:
+        """To what leaves half a minute: the warning is due a minute before."""
+        minutes, seconds = map(int, cluster.run("squeue", "-h", "-o", "%M", f"--jobs={job}").split(":"))
+        limit = minutes + (2 if seconds > 25 else 1)
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+
+    disturb(training, "time limit", limit_time)
+    assert "SIGUSR2: stopping after this step" in training.log()
+    training.checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0")
+    assert stage.wait(timeout=PATIENCE_S) == 1
+    assert training.submitted() == {job}
+    forget(training)
+    training.compose(STEPS)
 
 
 def test_a_launcher_killed_while_it_submits_leaves_one_job_that_is_found(training: Training) -> None:
