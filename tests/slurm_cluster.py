@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import skip
 
 DEV_CLUSTER = Path(__file__).parent.parent / "slurm/dev_cluster"
 STATE = Path("/run/slurm_dev")
@@ -24,13 +25,6 @@ def wait_until(is_so: Callable[[], object], what: str, limit_s: float = 60) -> N
     while not is_so():
         assert time.monotonic() < deadline, f"not within {limit_s:.0f} s: {what}"
         time.sleep(0.2)
-
-
-def skip(reason: str) -> None:
-    """Skip the test; in CI, where all of them have to run, fail it."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"in CI this test has to run: {reason}", pytrace=False)
-    pytest.skip(reason)
 
 
 def dev_cluster(command: str) -> subprocess.CompletedProcess[str]:

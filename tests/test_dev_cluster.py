@@ -12,7 +12,8 @@ from types import ModuleType
 
 import psutil
 import pytest
-from slurm_cluster import DEV_CLUSTER, STATE, SlurmCluster, dev_cluster, skip, wait_until
+from conftest import skip
+from slurm_cluster import DEV_CLUSTER, STATE, SlurmCluster, dev_cluster, wait_until
 
 pytest_plugins = "slurm_cluster"
 
