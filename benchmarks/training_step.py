@@ -43,6 +43,8 @@ BACKWARD_WORK = 2
 """Of the forward's: gradients of inputs and of weights take a matrix product each, and move as many bytes."""
 RIVALS = ("ours", "timm, fp32", "timm, bf16", "official block, fp32")
 PHASES = ("inference", "forward and backward", "step")
+BATCHES = {"inference": 4, "forward and backward": 1, "step": 1}
+"""In one timing: as long for each phase, about."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +92,7 @@ def measure(variant: str, batch: int, image_px: int, repeats: int) -> list[dict[
                 for rival, process in processes.items():
                     seconds = process.submit(_timed, phase).result()
                     if round_number:  # the first round allocates, and chooses kernels
-                        rates[rival, phase].append(batch / seconds)
+                        rates[rival, phase].append(BATCHES[phase] * batch / seconds)
             print(f"{variant}: round {round_number} of {repeats}", flush=True)
         memory = {rival: process.submit(peak_memory_gb).result() for rival, process in processes.items()}
     rows = []
@@ -232,7 +234,8 @@ def _timed(phase: str) -> float:
     if on_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run()
+    for _ in range(BATCHES.get(phase, 1)):
+        run()
     if on_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -5,8 +5,6 @@
    GroupNorms of one group. The pooling averages over the pixels inside the image, so a constant is pooled to itself:
    norm1's mean and bias cancel, and what is left of it is one factor for each image and channel.
 
-   look_up: an activation of bfloat16 values in place, by a table of all of them.
-
    add_scaled: y += scale * x.
 
    The values do not depend on the number of threads: sums are made row by row. */
@@ -23,7 +21,7 @@
 #else
 #define VECTORISED
 #endif
-enum { CACHE_BYTES = 1 << 20, THREADS_MAX = 256 };
+enum { CACHE_BYTES = 1 << 20, THREADS_MAX = 256, LANES = 64 };
 
 typedef void Rows(const void *job, int64_t first, int64_t end, float *buffer);
 typedef struct {
@@ -66,19 +64,23 @@ typedef struct {
     int64_t height, width, channels;
 } Mix;
 
-/* `sums` holds 2 x channels: float sums over at most a row, so that the channels vectorise. */
-VECTORISED static Moments row_moments(const float *row, int64_t width, int64_t channels, float *sums) {
+/* In LANES float sums, which the compiler keeps in registers: the order of additions does not depend on the machine. */
+VECTORISED static Moments row_moments(const float *row, int64_t size) {
+    float sum[LANES] = {0}, squares[LANES] = {0};
     Moments total = {0, 0};
-    float *restrict sum = sums, *restrict squares = sums + channels;
-    memset(sums, 0, 2 * channels * sizeof(float));
-    for (int64_t w = 0; w < width; w++, row += channels)
-        for (int64_t c = 0; c < channels; c++) {
-            sum[c] += row[c];
-            squares[c] += row[c] * row[c];
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES)
+        for (int k = 0; k < LANES; k++) {
+            sum[k] += row[i + k];
+            squares[k] += row[i + k] * row[i + k];
         }
-    for (int64_t c = 0; c < channels; c++) {
-        total.sum += sum[c];
-        total.squares += squares[c];
+    for (; i < size; i++) {
+        sum[i % LANES] += row[i];
+        squares[i % LANES] += row[i] * row[i];
+    }
+    for (int k = 0; k < LANES; k++) {
+        total.sum += sum[k];
+        total.squares += squares[k];
     }
     return total;
 }
@@ -97,8 +99,9 @@ static void normaliser(const Mix *job, const Moments *rows, int64_t b, float *me
 
 static void measure(const void *argument, int64_t first, int64_t end, float *buffer) {
     const Mix *job = argument;
-    for (int64_t r = first; r < end; r++)
-        job->of_x[r] = row_moments(job->x + r * job->width * job->channels, job->width, job->channels, buffer);
+    int64_t row = job->width * job->channels;
+    (void)buffer;
+    for (int64_t r = first; r < end; r++) job->of_x[r] = row_moments(job->x + r * row, row);
 }
 
 VECTORISED static void add_rows(const float *a, const float *b, int64_t size, float *restrict out) {
@@ -118,11 +121,11 @@ VECTORISED static void mix_pixel(const float *x, const float *left, const float 
         for (int64_t c = 0; c < channels; c++) y[c] = x[c] + scale[c] * (middle[c] * per_count - x[c]);
 }
 
-/* The buffer holds a row, and 3 x channels. */
+/* The buffer holds a row, and `channels` more. */
 static void mix_rows(const void *argument, int64_t first, int64_t end, float *buffer) {
     const Mix *job = argument;
     int64_t channels = job->channels, width = job->width, row = width * channels, scaled = -1;
-    float *vertical = buffer, *sums = buffer + row, *scale = sums + 2 * channels;
+    float *vertical = buffer, *scale = buffer + row;
     for (int64_t r = first; r < end; r++) {
         int64_t b = r / job->height, h = r % job->height;
         const float *x = job->x + r * row;
@@ -146,7 +149,7 @@ static void mix_rows(const void *argument, int64_t first, int64_t end, float *bu
             float count = (float)((1 + above + below) * (1 + (left != NULL) + (right != NULL)));
             mix_pixel(x + w * channels, left, middle, right, scale, 1 / count, channels, job->y + r * row + w * channels);
         }
-        job->of_y[r] = row_moments(job->y + r * row, width, channels, sums);
+        job->of_y[r] = row_moments(job->y + r * row, row);
     }
 }
 
@@ -188,7 +191,7 @@ static void normalise(const void *argument, int64_t first, int64_t end, float *b
 EXPORT int mix_tokens(const float *x, const float *mix_scale, const float *weight, const float *bias, float *y,
                       uint16_t *normed, float eps, int64_t batch, int64_t height, int64_t width, int64_t channels,
                       int threads) {
-    int64_t image = height * width * channels, floats = (width + 3) * channels;
+    int64_t image = height * width * channels, floats = (width + 2) * channels;
     if (threads > THREADS_MAX) threads = THREADS_MAX;
     int64_t group = threads * (int64_t)CACHE_BYTES / (image * (int64_t)sizeof(float));
     group = group < 1 ? 1 : group > batch ? batch : group;
@@ -207,32 +210,6 @@ EXPORT int mix_tokens(const float *x, const float *mix_scale, const float *weigh
     free(of_x);
     free(of_y);
     return failed;
-}
-
-typedef struct {
-    uint16_t *values;
-    const uint16_t *table;
-} LookUp;
-
-static void look_up_values(const void *argument, int64_t first, int64_t end, float *unused) {
-    const LookUp *job = argument;
-    (void)unused;
-    uint16_t *restrict values = job->values;
-    const uint16_t *restrict table = job->table;
-    int64_t i = first;
-    for (; i + 4 <= end; i += 4) { /* four at once: half the loads */
-        uint64_t four;
-        memcpy(&four, values + i, sizeof four);
-        four = (uint64_t)table[four & 0xffff] | (uint64_t)table[four >> 16 & 0xffff] << 16 |
-               (uint64_t)table[four >> 32 & 0xffff] << 32 | (uint64_t)table[four >> 48] << 48;
-        memcpy(values + i, &four, sizeof four);
-    }
-    for (; i < end; i++) values[i] = table[values[i]];
-}
-
-EXPORT void look_up(uint16_t *values, const uint16_t *table, int64_t count, int threads) {
-    LookUp job = {values, table};
-    in_parallel(look_up_values, &job, count, threads > THREADS_MAX ? THREADS_MAX : threads, NULL, 0);
 }
 
 typedef struct {
