@@ -30,6 +30,9 @@ class Profile(Strict):
         default=False, description="less memory in training, a third more arithmetic"
     )
     checkpoint_interval_s: float = Field(default=600, gt=0)
+    validations: int = Field(
+        default=30, ge=0, description="looks at a classifier's top-1 while it trains, evenly over the epochs; 0: none"
+    )
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

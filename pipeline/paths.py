@@ -42,6 +42,11 @@ def curve(stage: str, variant: str, seed: int) -> Path:
     return RESULTS / stage / f"{variant}-{seed}.csv"
 
 
+def validation(variant: str, seed: int) -> Path:
+    """The accuracies that were looked at while one classifier trained, as CSV."""
+    return RESULTS / "train_classifier" / f"{variant}-{seed}.validation.csv"
+
+
 def cost(stage: str, variant: str, seed: int) -> Path:
     """What one training took, as JSON."""
     return RESULTS / stage / f"{variant}-{seed}.cost.json"

@@ -37,6 +37,15 @@ NOT_RESULTS = {
     "pipeline.train.system",
     "pipeline.train.task",
 }
+# A classifier's training looks at its accuracy with the evaluation's code, which changes no weight.
+LOOKED_AT_WITH = {
+    "train_classifier": {
+        "pipeline.metrics.accuracy",
+        "pipeline.metrics.complexity",
+        "pipeline.metrics.segmentation",
+        "pipeline.tasks.classifier_evaluation",
+    }
+}
 
 
 def test_one_module_and_one_command_for_each_stage() -> None:
@@ -73,7 +82,9 @@ def test_code_dependencies_are_complete(stage: str) -> None:
         path = module.replace(".", "/")
         return any(entry == f"{path}.py" or path.startswith(entry) for entry in code)
 
-    missing = {module for module in imported if not is_declared(module)} - NOT_RESULTS
+    missing = (
+        {module for module in imported if not is_declared(module)} - NOT_RESULTS - LOOKED_AT_WITH.get(stage, set())
+    )
     assert not missing, f"{stage} uses {sorted(missing)}, which neither CODE nor NOT_RESULTS has"
 
 

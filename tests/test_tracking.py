@@ -25,6 +25,7 @@ from pipeline.tracking.about import EXPERIMENTS, About
 from pipeline.tracking.comparison import open_comparison
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
+from pipeline.train import history
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +58,10 @@ def runs(client: Any, kind: str = "classifier") -> list[Any]:
 def test_a_run_is_told_in_full(client: Any) -> None:
     folder = run_folder(steps=25)
     record.write_job(folder, record.Job("slurm", "token", "jobs", {}, submitted=0.0, job_id="17"))
+    for step, top1 in ((10, 20.5), (20, 60.0)):
+        look = {"step": step, "epoch": step / 10, "time_ms": 1_700_000_000_000, "top1": top1, "val_loss": 1.5}
+        history.append(folder / "validation.jsonl", look)
+        Mirror(Server(), folder).update("RUNNING")
     finish(folder, top1=77.25, loss=0.9, parameters=11_915_176)
     assert Mirror(Server(), folder).update("FINISHED")
     (run,) = runs(client)
@@ -74,8 +79,10 @@ def test_a_run_is_told_in_full(client: Any) -> None:
     assert history_of(client, run_id, "loss") == [(step, 7 / step) for step in range(1, 26)]
     assert [step for step, _ in history_of(client, run_id, "epoch/loss")] == [1, 2]
     assert history_of(client, run_id, "epoch/loss")[0][1] == pytest.approx(sum(7 / s for s in range(1, 11)) / 10)
-    for key, value in (("top1", 77.25), ("val_loss", 0.9), ("cost/rank_hours", 0.1)):
-        assert history_of(client, run_id, key) == [(25, value)]
+    assert history_of(client, run_id, "cost/rank_hours") == [(25, 0.1)]
+    assert history_of(client, run_id, "val_loss") == [(10, 1.5), (20, 1.5), (25, 0.9)]
+    assert history_of(client, run_id, "top1") == [(10, 20.5), (20, 60.0), (25, 77.25)]
+    assert [top1 for _, top1 in history_of(client, run_id, "epoch/top1")] == [20.5, 60.0, 77.25]
 
 
 def test_interrupted_anywhere_each_line_is_there_once(client: Any) -> None:

@@ -21,7 +21,7 @@ from pipeline.train import checkpoint, history
 from pipeline.train.counted_noise import CountedNoise
 from pipeline.train.loop import train
 from pipeline.train.schedule import cosine_by_epoch, polynomial
-from pipeline.train.task import Step
+from pipeline.train.task import Step, Validation
 
 WORLD = ranks.World(0, 1, 0, torch.device("cpu"), 1)
 
@@ -81,7 +81,17 @@ class ToyTask:
         return nn.functional.cross_entropy(model(micro_batch[0]), micro_batch[1])
 
 
-def run(task: ToyTask, folder: Path, micro: int = 8, stop_after: int | None = None) -> dict[str, Tensor]:
+@torch.no_grad()
+def measure(model: nn.Module) -> dict[str, float]:
+    return {"top1": sum(parameter.double().sum().item() for parameter in model.parameters())}
+
+
+LOOKS = Validation(10, measure)
+
+
+def run(
+    task: ToyTask, folder: Path, micro: int = 8, stop_after: int | None = None, validation: Validation | None = None
+) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
     calls = iter(range(10**9))
     train(
@@ -93,6 +103,7 @@ def run(task: ToyTask, folder: Path, micro: int = 8, stop_after: int | None = No
         activation_checkpointing=False,
         checkpoint_interval_s=1e-9,
         should_stop=lambda: stop_after is not None and next(calls) + 1 >= stop_after,
+        validation=validation,
     )
     return task.model.state_dict()
 
@@ -106,6 +117,21 @@ def test_resume_is_exact_at_any_step(tmp_path: Path) -> None:
         for key, value in whole.items():
             assert torch.equal(value, resumed[key]), (stop, key)
         assert history.read(folder / "history.jsonl")[-1]["step"] == 45
+
+
+def test_looking_at_the_accuracy_changes_nothing_and_each_look_is_there_once(tmp_path: Path) -> None:
+    whole = run(ToyTask(), tmp_path / "whole")
+    for stop in (None, 9, 10, 25):
+        folder = tmp_path / f"looked-at-{stop}"
+        if stop is not None:
+            run(ToyTask(), folder, stop_after=stop, validation=LOOKS)
+        looked_at = run(ToyTask(), folder, validation=LOOKS)
+        assert all(torch.equal(value, looked_at[key]) for key, value in whole.items())
+        looks = [(look["step"], look["epoch"], look["top1"]) for look in history.read(folder / "validation.jsonl")]
+        assert [look[:2] for look in looks] == [(10, 1), (20, 2), (30, 3), (40, 4)]
+        if stop is None:
+            first = looks
+        assert looks == first
 
 
 def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ class Work:
 
     `call` is 'module:function'; the function takes (world, run_folder, profile) and `arguments`, which JSON can hold.
     `code` are files and packages, `inputs` files, whose contents the result depends on: the stage's DVC dependencies,
-    with a manifest in place of each .beton. `after` is another work that this one starts from.
+    with a manifest in place of each .beton. `after` is another work that this one starts from. `watching` are further
+    arguments, for what is looked at while the job runs: they change no result, and are no part of the fingerprint.
     """
 
     stage: str
@@ -27,6 +28,7 @@ class Work:
     code: tuple[str, ...]
     inputs: tuple[Path, ...] = field(default=())
     after: "Upstream | None" = None
+    watching: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def _submit_to_slurm(jobs: Path, intents: list[Job], profile: Profile, name: str
 
 def _write_work(run: Run, profile: Profile) -> str | None:
     """Write the job's orders; returns the id of the job that it has to wait for, if there is one."""
-    arguments, needed, waits_for = dict(run.work.arguments), None, None
+    arguments, needed, waits_for = {**run.work.arguments, **run.work.watching}, None, None
     if (after := run.work.after) is not None:
         upstream = _upstream(run)
         job = None if upstream.is_done else attach(upstream.folder)

@@ -48,7 +48,9 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.permute(0, 2, 3, 1)
-        return nn.functional.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        # By way of channels_last, so that the gradient has the strides of the weight: DDP copies any other.
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return nn.functional.linear(pixels, weight, self.bias).permute(0, 3, 1, 2)
 
 
 class PoolFormer(nn.Module):

@@ -58,6 +58,8 @@ def train(kind: Kind, params: Params, work: Work) -> None:
         "curve.csv": paths.curve(work.stage, variant, seed),
         "cost.json": paths.cost(work.stage, variant, seed),
     }
+    if kind == "classifier":
+        outputs["validation.csv"] = paths.validation(variant, seed)
     try:
         run_job(work, outputs, watch)
     finally:

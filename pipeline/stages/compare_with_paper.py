@@ -112,5 +112,16 @@ def _curves(params: Params) -> pd.DataFrame:
             tidy = curve.iloc[:: len(curve) // CURVE_ROWS + 1].melt(
                 id_vars=["step"], value_vars=["loss", "learning_rate"], var_name="metric"
             )
+            if kind == "classifier":
+                tidy = pd.concat([tidy, _top1(variant, seed, curve)])
             curves.append(tidy.assign(variant=variant, seed=seed, task=task))
     return pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()
+
+
+def _top1(variant: str, seed: int, curve: pd.DataFrame) -> pd.DataFrame:
+    """Top-1 as it was looked at in training, and at the end as evaluated; empty where there was no training."""
+    looks = pd.read_csv(paths.validation(variant, seed))[["step", "top1"]]
+    if len(curve):
+        metrics = json.loads(paths.metrics("evaluate_classifier", f"{variant}-{seed}").read_text())
+        looks.loc[len(looks)] = [curve["step"].iloc[-1], metrics["top1"]]
+    return looks.rename(columns={"top1": "value"}).assign(metric="top1")

@@ -1,7 +1,7 @@
 """Train one classifier as a job (or take released weights: classification.weights).
 
 Reads   data/beton/imagenet/train.beton
-Writes  models/classifier/{variant}-{seed}.pt, results/train_classifier/{variant}-{seed}.{csv,cost.json}
+Writes  models/classifier/{variant}-{seed}.pt, results/train_classifier/{variant}-{seed}.{csv,validation.csv,cost.json}
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def work(params: Params, variant: str, seed: int) -> Work | None:
     """The training as a job; None where the authors' weights take its place."""
     if params.classification.weights == "released":
         return None
-    beton = paths.beton("imagenet", "train")
+    beton, evaluation = paths.beton("imagenet", "train"), params.evaluation.classification
     return Work(
         stage="train_classifier",
         name=f"{variant}-{seed}",
@@ -42,6 +42,14 @@ def work(params: Params, variant: str, seed: int) -> Work | None:
         },
         code=CODE,
         inputs=(paths.manifest(beton),),
+        watching={
+            "validation": {
+                "beton": str(paths.beton("imagenet", "val")),
+                "image_size": evaluation.image_size,
+                "crop_fraction": evaluation.crop_fraction[variant],
+                "precision": evaluation.precision,
+            }
+        },
     )
 
 
@@ -55,5 +63,6 @@ def take_released(params: Params, variant: str, seed: int) -> None:
     model = load_released(create_classifier(variant, params.imagenet.num_classes), file)
     checkpoint.write(paths.model("classifier", variant, seed), {"model": model.state_dict()})
     history.write_curve([], paths.curve("train_classifier", variant, seed))
+    history.write_validation([], paths.validation(variant, seed))
     with paths.written_atomically(paths.cost("train_classifier", variant, seed)) as temporary:
         temporary.write_text("{}\n")

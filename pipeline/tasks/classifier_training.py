@@ -1,5 +1,7 @@
 """Training of one ImageNet classifier, as a function that runs inside a job."""
 
+import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,13 @@ from pipeline.data.beton import open_beton
 from pipeline.data.loaders import TrainAugmentation, train_loader
 from pipeline.errors import UserError
 from pipeline.models import create_classifier
+from pipeline.tasks.classifier_evaluation import ValidationSet
 from pipeline.tasks.device_batch import at_least_float32, erase, mix, normalise, to_device
 from pipeline.tasks.training import run_recipe
 from pipeline.train.schedule import cosine_by_epoch
-from pipeline.train.task import Step
+from pipeline.train.task import Step, Validation
+
+log = logging.getLogger(__name__)
 
 
 class ClassificationTask:
@@ -144,9 +149,27 @@ def train(
     recipe: dict[str, Any],
     num_classes: int,
     beton: str,
+    validation: dict[str, Any],
 ) -> bool:
-    """Train one classifier; see `run_recipe` for what is written and returned."""
+    """Train one classifier; see `run_recipe` for what is written and returned.
+
+    `validation` is what ValidationSet wants: where and how to look at top-1 meanwhile.
+    """
     checked = validate(ClassificationRecipe, recipe, "recipe")
     layout = split(checked.global_batch_size, world.size, profile.max_images_per_device)
     task = ClassificationTask(variant, checked, num_classes, Path(beton), seed, world)
-    return run_recipe(task, world, run_folder, layout, profile, seed=seed)
+    looks = _looks(task, ValidationSet(**validation), profile)
+    return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=looks)
+
+
+def _looks(task: ClassificationTask, images: ValidationSet, profile: Profile) -> Validation | None:
+    if not profile.validations:
+        return None
+    if not Path(images.beton).exists():
+        log.warning("no %s: top-1 will be known at the end alone", images.beton)
+        return None
+    epochs = math.ceil((task.recipe.epochs + task.recipe.cooldown_epochs) / profile.validations)
+    return Validation(
+        epochs * task.steps_per_epoch,
+        lambda model: images.measure(model, task.world, profile.max_images_per_device),
+    )

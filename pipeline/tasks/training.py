@@ -1,4 +1,4 @@
-"""The frame around every training: layout, loop, and the three files that it leaves."""
+"""The frame around every training: layout, loop, and the files that it leaves."""
 
 import json
 import platform
@@ -14,11 +14,20 @@ from pipeline import world as ranks
 from pipeline.cluster import Profile, Split
 from pipeline.train import checkpoint, history, system
 from pipeline.train.loop import train
-from pipeline.train.task import Task
+from pipeline.train.task import Task, Validation
 
 
-def run_recipe(task: Task, world: ranks.World, run_folder: Path, layout: Split, profile: Profile, *, seed: int) -> bool:
-    """Train `task` to the end; rank 0 then writes `out/{weights.pt,curve.csv,cost.json}` into the run folder.
+def run_recipe(
+    task: Task,
+    world: ranks.World,
+    run_folder: Path,
+    layout: Split,
+    profile: Profile,
+    *,
+    seed: int,
+    validation: Validation | None = None,
+) -> bool:
+    """Train `task` to the end; rank 0 then writes `out/{weights.pt,curve.csv,validation.csv,cost.json}`.
 
     Returns and raises what `loop.train` does.
     """
@@ -33,11 +42,13 @@ def run_recipe(task: Task, world: ranks.World, run_folder: Path, layout: Split, 
             activation_checkpointing=profile.activation_checkpointing,
             checkpoint_interval_s=profile.checkpoint_interval_s,
             should_stop=world.should_stop,
+            validation=validation,
         )
     if finished and world.is_first:
         checkpoint.write(run_folder / "out/weights.pt", {"model": task.model.state_dict()})
         records = history.read(run_folder / "history.jsonl")
         history.write_curve(records, run_folder / "out/curve.csv")
+        history.write_validation(history.read(run_folder / "validation.jsonl"), run_folder / "out/validation.csv")
         with paths.written_atomically(run_folder / "out/cost.json") as temporary:
             cost = _cost(task, world, records)
             energy = system.energy_kwh(samples)  # of this node; the others do the same work

@@ -99,6 +99,7 @@ class Mirror:
             self._send_tags(client, run_id)
             for name, metrics in (
                 ("steps", self.files.steps(after=self.state.get("steps", 0))),
+                ("validations", self.files.validations()),
                 ("samples", self.files.samples()),
                 ("final", self.files.final()),
             ):

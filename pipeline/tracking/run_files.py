@@ -42,6 +42,17 @@ class RunFiles:
             if key not in NOT_METRICS and isinstance(value, int | float)
         ]
 
+    def validations(self) -> list[Any]:
+        """Accuracies that were looked at in training, against steps."""
+        from mlflow.entities import Metric
+
+        return [
+            Metric(key, float(value), record["time_ms"], record["step"])
+            for record in history.read(self.folder / "validation.jsonl")
+            for key, value in record.items()
+            if key not in ("step", "epoch", "time_ms")
+        ]
+
     def samples(self) -> list[Any]:
         """What the sampler wrote of processor, memory and GPU, under MLflow's own names."""
         from mlflow.entities import Metric
@@ -59,6 +70,10 @@ class RunFiles:
 
         records = self.records()
         metrics = list(_epochs(records))
+        metrics += [
+            Metric("epoch/top1", float(record["top1"]), record["time_ms"], round(record["epoch"]))
+            for record in history.read(self.folder / "validation.jsonl")
+        ]
         last = records[-1]["step"] if records else 0
         cost, evaluation = self.folder / "out/cost.json", self.folder / "evaluation.json"
         if cost.exists():
@@ -86,8 +101,8 @@ class RunFiles:
 
     def stamp(self) -> list[int]:
         """Changes when a file that is mirrored does."""
-        names = ("about.json", "job.json", "history.jsonl", "system.jsonl", "out/cost.json", "evaluation.json")
-        files = [self.folder / name for name in names]
+        names = ("about.json", "job.json", "history.jsonl", "validation.jsonl", "system.jsonl")
+        files = [self.folder / name for name in (*names, "out/cost.json", "evaluation.json")]
         return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
 
 

@@ -9,6 +9,7 @@ from pipeline import paths
 
 # What a rerun on the same layout repeats exactly; the other fields are the clock's.
 CURVE_COLUMNS = ["step", "epoch", "loss", "learning_rate"]
+VALIDATION_COLUMNS = ["step", "epoch", "top1", "top5", "val_loss"]
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -39,10 +40,19 @@ def cut_back(path: Path, step: int) -> None:
 
 def write_curve(records: list[dict[str, Any]], curve: Path) -> None:
     """Write the repeatable columns of a history as CSV."""
+    _write(records, CURVE_COLUMNS, curve)
+
+
+def write_validation(records: list[dict[str, Any]], file: Path) -> None:
+    """Write the accuracies that were looked at in training as CSV."""
+    _write(records, VALIDATION_COLUMNS, file)
+
+
+def _write(records: list[dict[str, Any]], columns: list[str], file: Path) -> None:
     import pandas as pd
 
-    with paths.written_atomically(curve) as temporary:
-        pd.DataFrame(records, columns=CURVE_COLUMNS).to_csv(temporary, index=False)
+    with paths.written_atomically(file) as temporary:
+        pd.DataFrame(records, columns=columns).to_csv(temporary, index=False)
 
 
 def progress_line(record: dict[str, Any]) -> str:

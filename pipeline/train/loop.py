@@ -18,7 +18,7 @@ from pipeline.train.activation_checkpointing import checkpoint_activations
 from pipeline.train.counted_noise import CountedNoise
 from pipeline.train.progress import Interval
 from pipeline.train.sync_batch_norm import synchronise_batch_norms
-from pipeline.train.task import Task
+from pipeline.train.task import Task, Validation
 
 log = logging.getLogger(__name__)
 LOG_INTERVAL_STEPS = 20
@@ -35,6 +35,7 @@ def train(
     activation_checkpointing: bool,
     checkpoint_interval_s: float,
     should_stop: Callable[[], bool] = lambda: False,
+    validation: Validation | None = None,
 ) -> bool:
     """Train to the end, going on from the newest whole checkpoint in `run_folder`.
 
@@ -45,6 +46,7 @@ def train(
         UserError: the loss is no longer finite, or the memory does not suffice; the checkpoint before it is kept.
     """
     checkpoints, record_file = run_folder / "checkpoints", run_folder / "history.jsonl"
+    validation_file = run_folder / "validation.jsonl"
     model = task.model.to(world.device).to(memory_format=torch.channels_last)
     optimizer = task.optimizer()
     first_step, seconds_before, interval = 0, 0.0, Interval(world)
@@ -58,6 +60,7 @@ def train(
     _agree_on(first_step, world)
     if world.is_first:
         history.cut_back(record_file, first_step)
+        history.cut_back(validation_file, first_step - 1)  # what is due at first_step itself comes again
     noise = CountedNoise(model, seed)
     if activation_checkpointing:
         checkpoint_activations(model)
@@ -68,6 +71,12 @@ def train(
     stop_vote = _StopVote(world)
     step, steps = first_step, task.steps(first_step)
     while step < task.total_steps:
+        if validation is not None and _is_due(validation, step):
+            measured = validation.measure(model)
+            if world.is_first:
+                at = {"step": step, "epoch": step / task.steps_per_epoch, "time_ms": round(time.time() * 1000)}
+                history.append(validation_file, {**at, **measured})
+            interval = Interval(world)  # the clock of the training alone; the line before it is written
         with out_of_memory.explained(layout, world.device, activation_checkpointing=activation_checkpointing):
             batch = interval.take(steps)
             for group in optimizer.param_groups:
@@ -77,7 +86,7 @@ def train(
             interval.add_loss(_step(task, replica, optimizer, tensors, noise, world, layout))
         step += 1
 
-        line_due = step % LOG_INTERVAL_STEPS == 0 or step == task.total_steps
+        line_due = step % LOG_INTERVAL_STEPS == 0 or step == task.total_steps or _is_due(validation, step)
         stop = step == task.total_steps or stop_vote(should_stop())
         if not line_due and not stop:
             continue
@@ -97,6 +106,10 @@ def train(
             break
         interval = Interval(world)
     return step == task.total_steps
+
+
+def _is_due(validation: Validation | None, step: int) -> bool:
+    return validation is not None and step > 0 and step % validation.interval_steps == 0
 
 
 def _agree_on(first_step: int, world: ranks.World) -> None:

@@ -1,6 +1,6 @@
 """What the loop has to know of a task."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,15 @@ class Step:
     """For `Task.prepare`; may hold more images than the rank's share."""
     sample_ids: Tensor
     """Of the rank's share."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A look at the model while it trains. For whoever watches: it changes no result."""
+
+    interval_steps: int
+    measure: Callable[[nn.Module], dict[str, float]]
+    """Called on each rank, with the same answer on all; leaves the model in training mode."""
 
 
 class Task(Protocol):
