@@ -14,6 +14,7 @@ from torch import Tensor, nn
 _spec = find_spec("pipeline.models._block")
 assert _spec is not None, "not built: run make setup"
 _library = ctypes.CDLL(_spec.origin)
+ONEDNN_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PoolFormerBlock(MetaFormerBlock):
@@ -34,8 +35,7 @@ class PoolFormerBlock(MetaFormerBlock):
             and not torch.is_grad_enabled()
             and not self.training
             and x.device.type == "cpu"
-            and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and ONEDNN_HAS_BF16
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") == torch.bfloat16
             and self.norm1.weight.dtype == torch.float32
