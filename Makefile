@@ -40,6 +40,7 @@ bench: setup  ## data path, training step and the rest against timm and stock FF
 	@python -m benchmarks
 	python -m benchmarks.training_step
 	python -m benchmarks.data_behind_step
+	python -m benchmarks.job_start
 	python -m benchmarks.time_to_accuracy
 
 dashboard: setup  ## MLflow's interface on http://127.0.0.1:5000 (PORT=)

@@ -29,6 +29,7 @@ class Profile(Strict):
     activation_checkpointing: bool = Field(
         default=False, description="less memory in training, a third more arithmetic"
     )
+    compile: bool = Field(default=False, description="training's blocks through torch.compile")
     checkpoint_interval_s: float = Field(default=600, gt=0)
     validations: int = Field(
         default=30, ge=0, description="looks at a classifier's top-1 while it trains, evenly over the epochs; 0: none"

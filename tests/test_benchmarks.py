@@ -119,6 +119,16 @@ def test_time_to_accuracy_is_a_record_that_grows(tmp_path: Path) -> None:
     assert "raise --epochs-at-most" in never.stderr
 
 
+@pytest.mark.slow
+def test_the_start_of_a_job_is_measured(tmp_path: Path) -> None:
+    small = ["--variants", "poolformer_s12", "--repeats", "1", "--output", str(tmp_path)]
+    done = bench(*small, module="benchmarks.job_start")
+    assert done.returncode == 0, done.stderr
+    row = pd.read_csv(tmp_path / "job_start.csv").iloc[0]
+    assert row["variant"] == "poolformer_s12"
+    assert row["first_step_after_s"] > 1
+
+
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = bench("--folder", str(tmp_path / "nowhere"), "--output", str(tmp_path))
     assert done.returncode == 1

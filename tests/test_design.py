@@ -31,6 +31,7 @@ NOT_RESULTS = {
     "pipeline.train",
     "pipeline.train.activation_checkpointing",
     "pipeline.train.checkpoint",
+    "pipeline.train.compilation",
     "pipeline.train.history",
     "pipeline.train.out_of_memory",
     "pipeline.train.progress",
@@ -43,7 +44,7 @@ LOOKED_AT_WITH = {
         "pipeline.metrics.accuracy",
         "pipeline.metrics.complexity",
         "pipeline.metrics.segmentation",
-        "pipeline.tasks.classifier_evaluation",
+        "pipeline.tasks.validation",
     }
 }
 

@@ -1,16 +1,20 @@
 """The models are the paper's: sizes, shapes, initialisation, drop path."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from timm.layers import DropPath
 from timm.models.metaformer import MetaFormerBlock
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from pipeline.errors import UserError
 from pipeline.metrics import count_parameters
 from pipeline.models import VARIANTS, create_classifier, create_segmenter
+from pipeline.train.compilation import compile_blocks
+from pipeline.train.counted_noise import CountedNoise
 
 PARAMETERS = {  # classifier with 1000 classes, segmenter with 150
     "poolformer_s12": (11_915_176, 15_669_846),
@@ -195,6 +199,21 @@ def test_every_parameter_gets_a_gradient() -> None:
     for model in (create_classifier("poolformer_s12", 10), create_segmenter("poolformer_s12", 10)):
         model.train()(torch.randn(2, 3, 64, 64)).square().sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("variant", ["poolformer_s12", "poolformer_s24"])
+def test_blocks_compile_without_a_break_and_share_their_code(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    model = create_classifier(variant, 10).train()
+    noise = CountedNoise(model, 0)
+    compile_blocks(model)
+    for step in range(3):
+        noise.draw(step, 0, 2, torch.device("cpu"))
+        noise.select(0, 2)
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert counter.frame_count == 5  # one for each stage, and one for the first block, which has no drop path
 
 
 @pytest.mark.parametrize(("size", "threads"), [((3, 3, 64, 96), 2), ((2, 3, 72, 50), 1), ((1, 3, 33, 33), 3)])

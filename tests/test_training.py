@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline import world as ranks
 from pipeline.cluster import split
 from pipeline.errors import UserError
+from pipeline.models import create_classifier
 from pipeline.tasks.device_batch import erase, mix, normalise
 from pipeline.train import checkpoint, history
 from pipeline.train.counted_noise import CountedNoise
@@ -90,7 +91,12 @@ LOOKS = Validation(10, measure)
 
 
 def run(
-    task: ToyTask, folder: Path, micro: int = 8, stop_after: int | None = None, validation: Validation | None = None
+    task: ToyTask,
+    folder: Path,
+    micro: int = 8,
+    stop_after: int | None = None,
+    validation: Validation | None = None,
+    compiles: bool = False,
 ) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
     calls = iter(range(10**9))
@@ -104,6 +110,7 @@ def run(
         checkpoint_interval_s=1e-9,
         should_stop=lambda: stop_after is not None and next(calls) + 1 >= stop_after,
         validation=validation,
+        compiles=compiles,
     )
     return task.model.state_dict()
 
@@ -132,6 +139,26 @@ def test_looking_at_the_accuracy_changes_nothing_and_each_look_is_there_once(tmp
         if stop is None:
             first = looks
         assert looks == first
+
+
+class BlockTask(ToyTask):
+    """A real block with drop path in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = create_classifier("poolformer_s12", 8, 0.3).stages[0].blocks[1]
+        self.model = nn.Sequential(nn.Conv2d(3, 64, 3), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8))
+
+
+def test_compiled_training_is_the_same_but_for_rounding_and_looks_at_the_accuracy(tmp_path: Path) -> None:
+    eager = run(BlockTask(), tmp_path / "eager", stop_after=15)
+    task = BlockTask()
+    compiled = run(task, tmp_path / "compiled", stop_after=15, validation=LOOKS, compiles=True)
+    assert compiled.keys() == eager.keys()
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, atol=1e-4, rtol=1e-4)
+    assert not all(torch.equal(compiled[key], value) for key, value in eager.items())
+    assert len(history.read(tmp_path / "compiled/validation.jsonl")) == 1
 
 
 def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ CODE = (
     "pipeline/metrics",
     "pipeline/models/released_weights.py",
     "pipeline/tasks/classifier_evaluation.py",
+    "pipeline/tasks/validation.py",
     "pipeline/world.py",
 )
 

@@ -1,54 +1,22 @@
 """Evaluation of one ImageNet classifier, as a function that runs inside a job."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import paths
 from pipeline import world as ranks
 from pipeline.cluster import Profile
 from pipeline.config import Precision
-from pipeline.data.loaders import BatchLoader, eval_loader
+from pipeline.data.loaders import eval_loader
 from pipeline.metrics import ClassificationMeter, count_macs, count_parameters
 from pipeline.models import create_classifier, load_released
-from pipeline.tasks.device_batch import normalise
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """The images that a model is looked at with while it trains, as its evaluation will see them."""
-
-    beton: str
-    image_size: int
-    crop_fraction: float
-    precision: Precision
-
-    @torch.no_grad()
-    def measure(self, model: nn.Module, world: ranks.World, batch_size: int) -> dict[str, float]:
-        """`top1`, `top5` (percent) and `val_loss` over the ranks' shares of all images: the same on all ranks."""
-        loader = eval_loader(
-            self.beton,
-            batch_size=batch_size,
-            workers=world.cpus,
-            image_size=self.image_size,
-            crop_fraction=self.crop_fraction,
-            rank=world.rank,
-            world_size=world.size,
-        )
-        meter = ClassificationMeter(world.device)
-        model.eval()
-        for _, logits, labels in _predict(model, loader, world, self.precision):
-            meter.update(logits, labels)
-        model.train()
-        counts = meter.compute()
-        return {"top1": counts["top1"], "top5": counts["top5"], "val_loss": counts["loss"]}
+from pipeline.tasks.validation import predict
 
 
 @torch.inference_mode()
@@ -80,7 +48,7 @@ def evaluate(
         rank=world.rank,
         world_size=world.size,
     )
-    for sample_ids, logits, labels in _predict(model, loader, world, precision):
+    for sample_ids, logits, labels in predict(model, loader, world, precision):
         meter.update(logits, labels)
         rows.append(_prediction_rows(sample_ids, logits, labels))
     counts = meter.compute()
@@ -98,16 +66,6 @@ def evaluate(
         with paths.written_atomically(run_folder / "out/metrics.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
     return True
-
-
-def _predict(
-    model: nn.Module, loader: BatchLoader, world: ranks.World, precision: Precision
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Sample ids, logits `(B, C)` in float32, and labels of each batch."""
-    for batch in loader:
-        with ranks.autocast(world.device, precision):
-            logits = model(normalise(batch.images.to(world.device))).float()
-        yield batch.sample_ids, logits, batch.labels.to(world.device)
 
 
 def _prediction_rows(sample_ids: Tensor, logits: Tensor, labels: Tensor) -> pd.DataFrame:

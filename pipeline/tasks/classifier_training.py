@@ -19,9 +19,9 @@ from pipeline.data.beton import open_beton
 from pipeline.data.loaders import TrainAugmentation, train_loader
 from pipeline.errors import UserError
 from pipeline.models import create_classifier
-from pipeline.tasks.classifier_evaluation import ValidationSet
 from pipeline.tasks.device_batch import at_least_float32, erase, mix, normalise, to_device
 from pipeline.tasks.training import run_recipe
+from pipeline.tasks.validation import ValidationSet
 from pipeline.train.schedule import cosine_by_epoch
 from pipeline.train.task import Step, Validation
 
@@ -149,7 +149,7 @@ def train(
     recipe: dict[str, Any],
     num_classes: int,
     beton: str,
-    validation: dict[str, Any],
+    validation: dict[str, Any] | None = None,
 ) -> bool:
     """Train one classifier; see `run_recipe` for what is written and returned.
 
@@ -158,7 +158,7 @@ def train(
     checked = validate(ClassificationRecipe, recipe, "recipe")
     layout = split(checked.global_batch_size, world.size, profile.max_images_per_device)
     task = ClassificationTask(variant, checked, num_classes, Path(beton), seed, world)
-    looks = _looks(task, ValidationSet(**validation), profile)
+    looks = None if validation is None else _looks(task, ValidationSet(**validation), profile)
     return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=looks)
 
 

@@ -40,6 +40,7 @@ def run_recipe(
             layout,
             seed=seed,
             activation_checkpointing=profile.activation_checkpointing,
+            compiles=profile.compile,
             checkpoint_interval_s=profile.checkpoint_interval_s,
             should_stop=world.should_stop,
             validation=validation,

@@ -15,6 +15,7 @@ from pipeline import world as ranks
 from pipeline.cluster import Split
 from pipeline.train import checkpoint, history, out_of_memory
 from pipeline.train.activation_checkpointing import checkpoint_activations
+from pipeline.train.compilation import compile_blocks
 from pipeline.train.counted_noise import CountedNoise
 from pipeline.train.progress import Interval
 from pipeline.train.sync_batch_norm import synchronise_batch_norms
@@ -33,6 +34,7 @@ def train(
     *,
     seed: int,
     activation_checkpointing: bool,
+    compiles: bool = False,
     checkpoint_interval_s: float,
     should_stop: Callable[[], bool] = lambda: False,
     validation: Validation | None = None,
@@ -62,6 +64,8 @@ def train(
         history.cut_back(record_file, first_step)
         history.cut_back(validation_file, first_step - 1)  # what is due at first_step itself comes again
     noise = CountedNoise(model, seed)
+    if compiles:
+        compile_blocks(model)
     if activation_checkpointing:
         checkpoint_activations(model)
     replica = _replicate(model, world)
@@ -72,7 +76,8 @@ def train(
     step, steps = first_step, task.steps(first_step)
     while step < task.total_steps:
         if validation is not None and _is_due(validation, step):
-            measured = validation.measure(model)
+            with torch.compiler.set_stance("force_eager"):  # compiled for training
+                measured = validation.measure(model)
             if world.is_first:
                 at = {"step": step, "epoch": step / task.steps_per_epoch, "time_ms": round(time.time() * 1000)}
                 history.append(validation_file, {**at, **measured})
