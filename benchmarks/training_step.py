@@ -42,6 +42,8 @@ NUM_CLASSES = 1000
 BACKWARD_WORK = 2
 """Of the forward's: gradients of inputs and of weights take a matrix product each, and move as many bytes."""
 RIVALS = ("ours", "timm, fp32", "timm, bf16", "official block, fp32")
+COMPILED = "ours, compiled"
+"""Only where it is asked for, as compiling takes a minute; the evaluation is not compiled."""
 PHASES = ("inference", "forward and backward", "step")
 BATCHES = {"inference": 4, "forward and backward": 1, "step": 1}
 """In one timing: as long for each phase, about."""
@@ -56,12 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--image-size", type=int, default=224, help="px (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds (default: %(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="also our step through torch.compile")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     rows = []
+    rivals = (*RIVALS, COMPILED) if options.compiled else RIVALS
     for variant in options.variants:
         batch = options.batch or (BATCH_ON_CUDA if torch.cuda.is_available() else BATCH_ON_CPU[variant])
-        rows += measure(variant, batch, options.image_size, options.repeats)
+        rows += measure(variant, batch, options.image_size, options.repeats, rivals)
     table = pd.DataFrame(rows)
     options.output.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.output / "training_step.csv", index=False, float_format="%.4g")
@@ -79,20 +83,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(variant: str, batch: int, image_px: int, repeats: int) -> list[dict[str, Any]]:
+def measure(variant: str, batch: int, image_px: int, repeats: int, rivals: tuple[str, ...]) -> list[dict[str, Any]]:
     """One row for each rival and phase. Rates are medians over the rounds, ratios medians of each round's ratio."""
-    rates: dict[tuple[str, str], list[float]] = {(rival, phase): [] for rival in RIVALS for phase in PHASES}
+    pairs = [(rival, phase) for phase in PHASES for rival in rivals if (rival, phase) != (COMPILED, "inference")]
+    rates: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
+    first: dict[tuple[str, str], float] = {}
     with ExitStack() as stack:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # the imports take seconds: once, not for each process
-        processes = {rival: stack.enter_context(ProcessPoolExecutor(1, context)) for rival in RIVALS}
+        processes = {rival: stack.enter_context(ProcessPoolExecutor(1, context)) for rival in rivals}
         works = {r: p.submit(_set_up, r, variant, batch, image_px).result() for r, p in processes.items()}
         for round_number in range(repeats + 1):
-            for phase in PHASES:
-                for rival, process in processes.items():
-                    seconds = process.submit(_timed, phase).result()
-                    if round_number:  # the first round allocates, and chooses kernels
-                        rates[rival, phase].append(BATCHES[phase] * batch / seconds)
+            for rival, phase in pairs:
+                seconds = processes[rival].submit(_timed, phase).result()
+                first.setdefault((rival, phase), seconds)  # the first round allocates, chooses kernels, compiles
+                if round_number:
+                    rates[rival, phase].append(BATCHES[phase] * batch / seconds)
             print(f"{variant}: round {round_number} of {repeats}", flush=True)
         memory = {rival: process.submit(peak_memory_gb).result() for rival, process in processes.items()}
     rows = []
@@ -107,7 +113,7 @@ def measure(variant: str, batch: int, image_px: int, repeats: int) -> list[dict[
             row[name] = median(a / b for a, b in zip(own, rates[reference, phase], strict=True))
         row["flop_share"] = rate * passes * work.flop_per_image / peak_flop_per_s
         row["byte_share"] = rate * passes * work.bytes_per_image / peak_bytes_per_s
-        rows.append(row | {"peak_memory_gb": memory[rival]})
+        rows.append(row | {"peak_memory_gb": memory[rival], "first_round_s": first[rival, phase]})
     return rows
 
 
@@ -135,7 +141,7 @@ def _set_up(rival: str, variant: str, batch: int, image_px: int) -> Work:
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, image_px, image_px, device=device), torch.randint(NUM_CLASSES, (batch,))
     precision = "fp32" if rival.endswith("fp32") else ranks.precision_in_use(device, "auto")
-    make = _ours if rival == "ours" else _plain_loop
+    make = _ours if rival in ("ours", COMPILED) else _plain_loop
     model, images, phases = make(rival, variant, images, labels.to(device), precision == "bf16")
     _phases.update(phases)
     flop = 2 * count_macs(create_classifier(variant, NUM_CLASSES), image_px)
@@ -148,6 +154,7 @@ def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) 
     """The training loop's own step, and inference as the evaluation does it."""
     from timm.optim import param_groups_weight_decay
 
+    from pipeline.train.compilation import compile_blocks
     from pipeline.train.counted_noise import CountedNoise
     from pipeline.train.loop import _step
 
@@ -158,6 +165,8 @@ def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) 
     evaluated = create_classifier(variant, NUM_CLASSES).to(world.device).to(memory_format=torch.channels_last).eval()
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), 1e-3, fused=True)
     noise = CountedNoise(model, 0)
+    if rival == COMPILED:
+        compile_blocks(model)
 
     class Synthetic:
         precision = "auto"
