@@ -165,8 +165,13 @@ def test_killed_training_goes_on_from_its_checkpoint(finished: Checkout) -> None
     finished.run("dvc", "repro", "-s", target, PIPELINE_CLUSTER="slurm/often.yaml")
     logs = "".join(path.read_text() for path in sorted((folder / "jobs").glob("*.out")))
     assert "going on from step" in logs
-    steps = pd.read_csv(finished.folder / "results/train_classifier/poolformer_s12-0.csv")["step"].tolist()
-    assert steps == [20, 40, 60]
+    results = finished.folder / "results/train_classifier"
+    assert pd.read_csv(results / "poolformer_s12-0.csv")["step"].tolist() == [20, 40, 44, 60]
+    (look,) = pd.read_csv(results / "poolformer_s12-0.validation.csv").to_dict("records")
+    assert (look["step"], look["epoch"]) == (44, 1)
+    assert 10 < look["top1"] < 100
+    finished.run("dvc", "plots", "show")
+    assert "train_classifier poolformer_s12-0: top-1" in (finished.folder / "dvc_plots/index.html").read_text()
     assert _mlflow_status(finished, folder) == "FINISHED"
     assert "Running stage" not in finished.run("dvc", "repro", "-s", target).stdout
 

@@ -124,4 +124,4 @@ def _top1(variant: str, seed: int, curve: pd.DataFrame) -> pd.DataFrame:
     if len(curve):
         metrics = json.loads(paths.metrics("evaluate_classifier", f"{variant}-{seed}").read_text())
         looks.loc[len(looks)] = [curve["step"].iloc[-1], metrics["top1"]]
-    return looks.rename(columns={"top1": "value"}).assign(metric="top1")
+    return looks.rename(columns={"top1": "value"}).assign(metric="top-1, %")
