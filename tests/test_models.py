@@ -43,7 +43,7 @@ def test_parameter_counts_are_exact(variant: str) -> None:
 def test_an_unknown_variant_names_the_valid_ones() -> None:
     with pytest.raises(UserError, match=r"did you mean poolformer_s12\?.*poolformer_m48"):
         create_classifier("PoolFormer-S12")
-    with pytest.raises(UserError, match="valid names are poolformer_s12"):
+    with pytest.raises(UserError, match="valid: poolformer_s12"):
         create_segmenter("resnet50")
 
 

@@ -5,7 +5,6 @@ with LayerNorm2d, eps 1e-6) and initialises every convolution alike. Stem, stage
 names are timm's here; head and initialisation are the official code's (models/poolformer.py).
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from timm.layers import GroupNorm1
 from timm.models.metaformer import MetaFormerBlock, MetaFormerStage, Pooling, Stem
 from torch import Tensor, nn
 
+from pipeline.config import unknown
 from pipeline.errors import UserError
 from pipeline.models.block import PoolFormerBlock
 
@@ -139,9 +139,7 @@ def find_variant(name: str) -> Variant:
     """The variant of that name. Raises UserError, with the valid names, if there is none."""
     if name in VARIANTS:
         return VARIANTS[name]
-    close = difflib.get_close_matches(name.lower(), VARIANTS, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"unknown model variant {name!r}: {hint}valid names are {', '.join(VARIANTS)}")
+    raise UserError(unknown(f"model variant {name!r}", name, VARIANTS))
 
 
 def init_truncated_normal(layer: nn.Module) -> None:
