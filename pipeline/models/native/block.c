@@ -3,7 +3,8 @@
 
    mix_tokens: y = x + scale * (pool(norm1(x)) - norm1(x)), then norm2(y), in one visit of the memory. Both norms are
    GroupNorms of one group. The pooling averages over the pixels inside the image, so a constant is pooled to itself:
-   norm1's mean and bias cancel, and what is left of it is one factor for each image and channel.
+   norm1's mean and bias cancel, and what is left of it is one factor for each image and channel. A thread has whole
+   images, each of which stays in its core's cache from the first visit to the last.
 
    add_scaled: y += scale * x.
 
@@ -21,29 +22,29 @@
 #else
 #define VECTORISED
 #endif
-enum { CACHE_BYTES = 1 << 20, THREADS_MAX = 256, LANES = 64 };
+enum { THREADS_MAX = 256, LANES = 64 };
 
-typedef void Rows(const void *job, int64_t first, int64_t end, float *buffer);
+typedef void Items(const void *job, int64_t first, int64_t end, float *buffer);
 typedef struct {
     const void *job;
-    Rows *rows;
+    Items *items;
     int64_t first, end;
     float *buffer;
 } Part;
 
 static void *run_part(void *argument) {
     Part *part = argument;
-    part->rows(part->job, part->first, part->end, part->buffer);
+    part->items(part->job, part->first, part->end, part->buffer);
     return NULL;
 }
 
-/* Calls `rows` over [0, count), shared out over threads; each has `floats` of `buffers` to itself. */
-static void in_parallel(Rows *rows, const void *job, int64_t count, int threads, float *buffers, int64_t floats) {
+/* Calls `items` over [0, count), shared out over threads; each has `floats` of `buffers` to itself. */
+static void in_parallel(Items *items, const void *job, int64_t count, int threads, float *buffers, int64_t floats) {
     Part parts[THREADS_MAX];
     pthread_t ids[THREADS_MAX];
     int started[THREADS_MAX];
     for (int i = threads - 1; i >= 0; i--) {
-        parts[i] = (Part){job, rows, count * i / threads, count * (i + 1) / threads, floats ? buffers + i * floats : NULL};
+        parts[i] = (Part){job, items, count * i / threads, count * (i + 1) / threads, floats ? buffers + i * floats : NULL};
         started[i] = i > 0 && !pthread_create(&ids[i], NULL, run_part, &parts[i]);
         if (!started[i]) run_part(&parts[i]);
     }
@@ -59,15 +60,13 @@ typedef struct {
     const float *x, *mix_scale, *weight, *bias;
     float *y;
     uint16_t *normed;
-    Moments *of_x, *of_y; /* of each row (b, h) */
     float eps;
     int64_t height, width, channels;
 } Mix;
 
 /* In LANES float sums, which the compiler keeps in registers: the order of additions does not depend on the machine. */
-VECTORISED static Moments row_moments(const float *row, int64_t size) {
+VECTORISED static void add_moments(Moments *total, const float *row, int64_t size) {
     float sum[LANES] = {0}, squares[LANES] = {0};
-    Moments total = {0, 0};
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES)
         for (int k = 0; k < LANES; k++) {
@@ -79,32 +78,20 @@ VECTORISED static Moments row_moments(const float *row, int64_t size) {
         squares[i % LANES] += row[i] * row[i];
     }
     for (int k = 0; k < LANES; k++) {
-        total.sum += sum[k];
-        total.squares += squares[k];
+        total->sum += sum[k];
+        total->squares += squares[k];
     }
-    return total;
 }
 
-/* Mean and 1 / sqrt(variance + eps) of image b. */
-static void normaliser(const Mix *job, const Moments *rows, int64_t b, float *mean, float *factor) {
-    double sum = 0, squares = 0, count = (double)job->height * job->width * job->channels;
-    for (int64_t h = 0; h < job->height; h++) {
-        sum += rows[b * job->height + h].sum;
-        squares += rows[b * job->height + h].squares;
-    }
-    double variance = squares / count - sum / count * (sum / count);
-    *mean = (float)(sum / count);
+/* Mean and 1 / sqrt(variance + eps) of an image. */
+static void normaliser(const Mix *job, Moments of, float *mean, float *factor) {
+    double count = (double)job->height * job->width * job->channels;
+    double variance = of.squares / count - of.sum / count * (of.sum / count);
+    *mean = (float)(of.sum / count);
     *factor = (float)(1 / sqrt((variance > 0 ? variance : 0) + job->eps));
 }
 
-static void measure(const void *argument, int64_t first, int64_t end, float *buffer) {
-    const Mix *job = argument;
-    int64_t row = job->width * job->channels;
-    (void)buffer;
-    for (int64_t r = first; r < end; r++) job->of_x[r] = row_moments(job->x + r * row, row);
-}
-
-VECTORISED static void add_rows(const float *a, const float *b, int64_t size, float *restrict out) {
+VECTORISED static void add_rows(const float *a, const float *b, int64_t size, float *out) {
     for (int64_t i = 0; i < size; i++) out[i] = a[i] + b[i];
 }
 
@@ -121,20 +108,15 @@ VECTORISED static void mix_pixel(const float *x, const float *left, const float 
         for (int64_t c = 0; c < channels; c++) y[c] = x[c] + scale[c] * (middle[c] * per_count - x[c]);
 }
 
-/* The buffer holds a row, and `channels` more. */
-static void mix_rows(const void *argument, int64_t first, int64_t end, float *buffer) {
-    const Mix *job = argument;
-    int64_t channels = job->channels, width = job->width, row = width * channels, scaled = -1;
-    float *vertical = buffer, *scale = buffer + row;
-    for (int64_t r = first; r < end; r++) {
-        int64_t b = r / job->height, h = r % job->height;
-        const float *x = job->x + r * row;
-        if (b != scaled) {
-            float mean, factor;
-            normaliser(job, job->of_x, b, &mean, &factor);
-            for (int64_t c = 0; c < channels; c++) scale[c] = job->mix_scale[c] * factor;
-            scaled = b;
-        }
+/* y of an image, and its moments. */
+static Moments mix_image(const Mix *job, const float *x, float *y, float *buffer) {
+    int64_t channels = job->channels, width = job->width, row = width * channels;
+    float *vertical = buffer, *scale = buffer + row, mean, factor;
+    Moments of_x = {0, 0}, of_y = {0, 0};
+    for (int64_t h = 0; h < job->height; h++) add_moments(&of_x, x + h * row, row);
+    normaliser(job, of_x, &mean, &factor);
+    for (int64_t c = 0; c < channels; c++) scale[c] = job->mix_scale[c] * factor;
+    for (int64_t h = 0; h < job->height; h++, x += row, y += row) {
         int above = h > 0, below = h < job->height - 1;
         if (above && below) {
             add_rows(x - row, x, row, vertical);
@@ -147,10 +129,11 @@ static void mix_rows(const void *argument, int64_t first, int64_t end, float *bu
             const float *middle = vertical + w * channels;
             const float *left = w ? middle - channels : NULL, *right = w < width - 1 ? middle + channels : NULL;
             float count = (float)((1 + above + below) * (1 + (left != NULL) + (right != NULL)));
-            mix_pixel(x + w * channels, left, middle, right, scale, 1 / count, channels, job->y + r * row + w * channels);
+            mix_pixel(x + w * channels, left, middle, right, scale, 1 / count, channels, y + w * channels);
         }
-        job->of_y[r] = row_moments(job->y + r * row, row);
+        add_moments(&of_y, y, row);
     }
+    return of_y;
 }
 
 VECTORISED static void affine(const float *x, const float *restrict factor, const float *restrict offset, int64_t width,
@@ -168,48 +151,42 @@ VECTORISED static void to_bf16(const float *x, int64_t size, uint16_t *restrict 
     }
 }
 
-static void normalise(const void *argument, int64_t first, int64_t end, float *buffer) {
-    const Mix *job = argument;
-    int64_t channels = job->channels, row = job->width * channels, known = -1;
-    float *factors = buffer + row, *offsets = factors + channels;
-    for (int64_t r = first; r < end; r++) {
-        if (r / job->height != known) {
-            float mean, factor;
-            known = r / job->height;
-            normaliser(job, job->of_y, known, &mean, &factor);
-            for (int64_t c = 0; c < channels; c++) {
-                factors[c] = job->weight[c] * factor;
-                offsets[c] = job->bias[c] - mean * factors[c];
-            }
-        }
-        affine(job->y + r * row, factors, offsets, job->width, channels, buffer);
-        to_bf16(buffer, row, job->normed + r * row);
+static void normalise_image(const Mix *job, Moments of_y, const float *y, uint16_t *normed, float *buffer) {
+    int64_t channels = job->channels, row = job->width * channels;
+    float *factors = buffer + row, *offsets = factors + channels, mean, factor;
+    normaliser(job, of_y, &mean, &factor);
+    for (int64_t c = 0; c < channels; c++) {
+        factors[c] = job->weight[c] * factor;
+        offsets[c] = job->bias[c] - mean * factors[c];
+    }
+    for (int64_t h = 0; h < job->height; h++) {
+        affine(y + h * row, factors, offsets, job->width, channels, buffer);
+        to_bf16(buffer, row, normed + h * row);
     }
 }
 
-/* Returns 0, or 1 where there is no memory. Images are taken in groups that stay in the cores' caches. */
+static void mix_images(const void *argument, int64_t first, int64_t end, float *buffer) {
+    const Mix *job = argument;
+    int64_t image = job->height * job->width * job->channels;
+    for (int64_t i = first * image; i < end * image; i += image) {
+        Moments of_y = mix_image(job, job->x + i, job->y + i, buffer);
+        normalise_image(job, of_y, job->y + i, job->normed + i, buffer);
+    }
+}
+
+/* Returns 0, or 1 where there is no memory. The images are shared out over the threads. */
 EXPORT int mix_tokens(const float *x, const float *mix_scale, const float *weight, const float *bias, float *y,
                       uint16_t *normed, float eps, int64_t batch, int64_t height, int64_t width, int64_t channels,
                       int threads) {
-    int64_t image = height * width * channels, floats = (width + 2) * channels;
+    int64_t floats = (width + 2) * channels;
     if (threads > THREADS_MAX) threads = THREADS_MAX;
-    int64_t group = threads * (int64_t)CACHE_BYTES / (image * (int64_t)sizeof(float));
-    group = group < 1 ? 1 : group > batch ? batch : group;
+    if (threads > batch) threads = (int)batch;
     float *buffers = malloc(threads * floats * sizeof(float));
-    Moments *of_x = malloc(group * height * sizeof(Moments)), *of_y = malloc(group * height * sizeof(Moments));
-    int failed = !buffers || !of_x || !of_y;
-    for (int64_t b = 0; b < batch && !failed; b += group) {
-        int64_t rows = (b + group < batch ? group : batch - b) * height, start = b * image;
-        Mix job = {x + start, mix_scale, weight, bias,   y + start, normed + start,
-                   of_x,      of_y,      eps,    height, width,     channels};
-        in_parallel(measure, &job, rows, threads, buffers, floats);
-        in_parallel(mix_rows, &job, rows, threads, buffers, floats);
-        in_parallel(normalise, &job, rows, threads, buffers, floats);
-    }
+    if (!buffers) return 1;
+    Mix job = {x, mix_scale, weight, bias, y, normed, eps, height, width, channels};
+    in_parallel(mix_images, &job, batch, threads, buffers, floats);
     free(buffers);
-    free(of_x);
-    free(of_y);
-    return failed;
+    return 0;
 }
 
 typedef struct {
