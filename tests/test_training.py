@@ -97,6 +97,7 @@ def run(
     stop_after: int | None = None,
     validation: Validation | None = None,
     compiles: bool = False,
+    activation_checkpointing: bool = False,
 ) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
     calls = iter(range(10**9))
@@ -106,7 +107,7 @@ def run(
         folder,
         split(task.global_batch_size, 1, micro),
         seed=1,
-        activation_checkpointing=False,
+        activation_checkpointing=activation_checkpointing,
         checkpoint_interval_s=1e-9,
         should_stop=lambda: stop_after is not None and next(calls) + 1 >= stop_after,
         validation=validation,
@@ -150,7 +151,7 @@ class BlockTask(ToyTask):
         self.model = nn.Sequential(nn.Conv2d(3, 64, 3), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8))
 
 
-def test_compiled_training_is_the_same_but_for_rounding_and_looks_at_the_accuracy(tmp_path: Path) -> None:
+def test_compiled_training_differs_by_rounding_alone_and_resumes_exactly(tmp_path: Path) -> None:
     eager = run(BlockTask(), tmp_path / "eager", stop_after=15)
     task = BlockTask()
     compiled = run(task, tmp_path / "compiled", stop_after=15, validation=LOOKS, compiles=True)
@@ -159,6 +160,11 @@ def test_compiled_training_is_the_same_but_for_rounding_and_looks_at_the_accurac
         torch.testing.assert_close(compiled[key], value, atol=1e-4, rtol=1e-4)
     assert not all(torch.equal(compiled[key], value) for key, value in eager.items())
     assert len(history.read(tmp_path / "compiled/validation.jsonl")) == 1
+    for steps, checkpointing in ((7, False), (8, True)):
+        resumed = run(
+            BlockTask(), tmp_path / "resumed", stop_after=steps, compiles=True, activation_checkpointing=checkpointing
+        )
+    assert all(torch.equal(compiled[key], value) for key, value in resumed.items())
 
 
 def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
