@@ -41,19 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(variants: list[str], repeats: int) -> list[dict[str, object]]:
     """One row a variant, its processes in turns with the others'."""
+    from benchmarks.digits import prepare_digits
     from benchmarks.machine import machine_row
-    from pipeline import experiments
-    from pipeline.config import load_params
-    from pipeline.data.convert import convert_image_folder
-    from pipeline.data.digits import write_digits
 
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        experiments.compose(["scale=demo"], scratch / "params.yaml")
-        params = load_params(scratch / "params.yaml")
-        write_digits(scratch / "digits")
-        convert_image_folder(scratch / "digits/train", scratch / "train.beton", workers=os.cpu_count() or 1)
+        params = prepare_digits(scratch)
         for turn in range(repeats + 1):
             for variant in variants:
                 run = scratch / f"{variant}-{turn}"

@@ -14,13 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.digits import prepare_digits
 from benchmarks.machine import machine_row
-from pipeline import experiments
 from pipeline import world as ranks
 from pipeline.cluster import load_profile
-from pipeline.config import load_params
-from pipeline.data.convert import convert_image_folder
-from pipeline.data.digits import write_digits
 from pipeline.errors import UserError
 from pipeline.paths import DEFAULT_CLUSTER
 from pipeline.tasks import classifier_evaluation, classifier_training
@@ -53,11 +50,7 @@ def measure(accuracy: float, epochs_at_most: int) -> dict[str, object]:
     profile, reached = load_profile(DEFAULT_CLUSTER), 0.0
     with tempfile.TemporaryDirectory() as folder, ranks.join(0, 1, 0, profile.cpus) as world:
         scratch = Path(folder)
-        experiments.compose(["scale=demo"], scratch / "params.yaml")
-        params = load_params(scratch / "params.yaml")
-        write_digits(scratch / "digits")
-        for split in ("train", "val"):
-            convert_image_folder(scratch / "digits" / split, scratch / f"{split}.beton", workers=profile.cpus)
+        params = prepare_digits(scratch)
         recipe = params.classification.recipe_for(VARIANT).model_dump(mode="json")
         evaluation, classes = params.evaluation.classification, params.imagenet.num_classes
         for epochs in range(1, epochs_at_most + 1):

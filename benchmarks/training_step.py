@@ -86,8 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(variant: str, batch: int, image_px: int, repeats: int, rivals: tuple[str, ...]) -> list[dict[str, Any]]:
     """One row for each rival and phase. Rates are medians over the rounds, ratios medians of each round's ratio."""
     pairs = [(rival, phase) for phase in PHASES for rival in rivals if (rival, phase) != (COMPILED, "inference")]
-    rates: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
-    first: dict[tuple[str, str], float] = {}
+    seconds: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     with ExitStack() as stack:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # the imports take seconds: once, not for each process
@@ -95,12 +94,11 @@ def measure(variant: str, batch: int, image_px: int, repeats: int, rivals: tuple
         works = {r: p.submit(_set_up, r, variant, batch, image_px).result() for r, p in processes.items()}
         for round_number in range(repeats + 1):
             for rival, phase in pairs:
-                seconds = processes[rival].submit(_timed, phase).result()
-                first.setdefault((rival, phase), seconds)  # the first round allocates, chooses kernels, compiles
-                if round_number:
-                    rates[rival, phase].append(BATCHES[phase] * batch / seconds)
+                seconds[rival, phase].append(processes[rival].submit(_timed, phase).result())
             print(f"{variant}: round {round_number} of {repeats}", flush=True)
         memory = {rival: process.submit(peak_memory_gb).result() for rival, process in processes.items()}
+    # The first round allocates, chooses kernels, compiles.
+    rates = {(r, p): [BATCHES[p] * batch / taken for taken in counted] for (r, p), (_, *counted) in seconds.items()}
     rows = []
     for (rival, phase), own in rates.items():
         work, rate = works[rival], median(own)
@@ -113,7 +111,7 @@ def measure(variant: str, batch: int, image_px: int, repeats: int, rivals: tuple
             row[name] = median(a / b for a, b in zip(own, rates[reference, phase], strict=True))
         row["flop_share"] = rate * passes * work.flop_per_image / peak_flop_per_s
         row["byte_share"] = rate * passes * work.bytes_per_image / peak_bytes_per_s
-        rows.append(row | {"peak_memory_gb": memory[rival], "first_round_s": first[rival, phase]})
+        rows.append(row | {"peak_memory_gb": memory[rival], "first_round_s": seconds[rival, phase][0]})
     return rows
 
 

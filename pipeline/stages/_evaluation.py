@@ -3,8 +3,10 @@
 import shutil
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from pipeline import paths
+from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
 from pipeline.stages._sync import catch_up, mirror_of, status
@@ -26,3 +28,14 @@ def evaluate(kind: Kind, work: Work, outputs: dict[str, Path]) -> None:
             shutil.copyfile(outputs["metrics.json"], temporary)
         mirror_of(server, training).update(status(training))
     catch_up(server)
+
+
+def validation_set(params: Params, variant: str) -> dict[str, Any]:
+    """The arguments that say on which images, and how, a classifier is measured."""
+    settings = params.evaluation.classification
+    return {
+        "beton": str(paths.beton("imagenet", "val")),
+        "image_size": settings.image_size,
+        "crop_fraction": settings.crop_fraction[variant],
+        "precision": settings.precision,
+    }

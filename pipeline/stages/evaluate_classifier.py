@@ -8,7 +8,7 @@ from pipeline import paths
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.stages import _code
-from pipeline.stages._evaluation import evaluate
+from pipeline.stages._evaluation import evaluate, validation_set
 
 CODE = (
     *_code.DEVICE,
@@ -31,11 +31,8 @@ def run(params: Params, variant: str, seed: int) -> None:
         call="pipeline.tasks.classifier_evaluation:evaluate",
         arguments={
             "variant": variant,
-            "image_size": params.evaluation.classification.image_size,
-            "crop_fraction": params.evaluation.classification.crop_fraction[variant],
-            "precision": params.evaluation.classification.precision,
+            **validation_set(params, variant),
             "num_classes": params.imagenet.num_classes,
-            "beton": str(beton),
             "weights": str(weights),
         },
         code=CODE,

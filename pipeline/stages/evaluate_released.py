@@ -14,6 +14,7 @@ from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
 from pipeline.stages import evaluate_classifier, evaluate_segmenter
+from pipeline.stages._evaluation import validation_set
 
 CODE = tuple(dict.fromkeys((*evaluate_classifier.CODE, *evaluate_segmenter.CODE)))
 log = logging.getLogger(__name__)
@@ -23,14 +24,10 @@ def run(params: Params, variant: str) -> None:
     from pipeline.models.released_weights import RELEASED_CLASSIFIERS, RELEASED_SEGMENTERS, find_released
 
     folder = Path(params.released.folder)
-    classifier_settings = params.evaluation.classification
     arguments: dict[str, dict[str, Any]] = {
         "classifier": {
-            "image_size": classifier_settings.image_size,
-            "crop_fraction": classifier_settings.crop_fraction[variant],
-            "precision": classifier_settings.precision,
+            **validation_set(params, variant),
             "num_classes": params.imagenet.num_classes,
-            "beton": str(paths.beton("imagenet", "val")),
         },
         "segmenter": {
             "settings": params.evaluation.segmentation.model_dump(mode="json"),

@@ -10,6 +10,7 @@ from pipeline import paths
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.stages import _code
+from pipeline.stages._evaluation import validation_set
 from pipeline.stages._training import train
 from pipeline.train import history
 
@@ -28,7 +29,7 @@ def work(params: Params, variant: str, seed: int) -> Work | None:
     """The training as a job; None where the authors' weights take its place."""
     if params.classification.weights == "released":
         return None
-    beton, evaluation = paths.beton("imagenet", "train"), params.evaluation.classification
+    beton = paths.beton("imagenet", "train")
     return Work(
         stage="train_classifier",
         name=f"{variant}-{seed}",
@@ -42,14 +43,7 @@ def work(params: Params, variant: str, seed: int) -> Work | None:
         },
         code=CODE,
         inputs=(paths.manifest(beton),),
-        watching={
-            "validation": {
-                "beton": str(paths.beton("imagenet", "val")),
-                "image_size": evaluation.image_size,
-                "crop_fraction": evaluation.crop_fraction[variant],
-                "precision": evaluation.precision,
-            }
-        },
+        watching={"validation": validation_set(params, variant)},
     )
 
 

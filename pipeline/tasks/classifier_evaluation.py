@@ -13,10 +13,9 @@ from pipeline import paths
 from pipeline import world as ranks
 from pipeline.cluster import Profile
 from pipeline.config import Precision
-from pipeline.data.loaders import eval_loader
 from pipeline.metrics import ClassificationMeter, count_macs, count_parameters
 from pipeline.models import create_classifier, load_released
-from pipeline.tasks.validation import predict
+from pipeline.tasks.validation import ValidationSet, predict
 
 
 @torch.inference_mode()
@@ -39,15 +38,8 @@ def evaluate(
     model.eval().to(world.device).to(memory_format=torch.channels_last)
     meter = ClassificationMeter(world.device)
     rows: list[pd.DataFrame] = []
-    loader = eval_loader(
-        Path(beton),
-        batch_size=profile.max_images_per_device,
-        workers=world.cpus,
-        image_size=image_size,
-        crop_fraction=crop_fraction,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    images = ValidationSet(beton, image_size, crop_fraction, precision)
+    loader = images.loader(world, profile.max_images_per_device)
     for sample_ids, logits, labels in predict(model, loader, world, precision):
         meter.update(logits, labels)
         rows.append(_prediction_rows(sample_ids, logits, labels))

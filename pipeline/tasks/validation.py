@@ -25,17 +25,16 @@ def predict(
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The images that a model is looked at with while it trains, as its evaluation will see them."""
+    """The images of an evaluation and how a model sees them, there and when it is looked at while it trains."""
 
     beton: str
     image_size: int
     crop_fraction: float
     precision: Precision
 
-    @torch.no_grad()
-    def measure(self, model: nn.Module, world: ranks.World, batch_size: int) -> dict[str, float]:
-        """`top1`, `top5` (percent) and `val_loss` over the ranks' shares of all images: the same on all ranks."""
-        loader = eval_loader(
+    def loader(self, world: ranks.World, batch_size: int) -> BatchLoader:
+        """The rank's share of the images."""
+        return eval_loader(
             self.beton,
             batch_size=batch_size,
             workers=world.cpus,
@@ -44,9 +43,13 @@ class ValidationSet:
             rank=world.rank,
             world_size=world.size,
         )
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, world: ranks.World, batch_size: int) -> dict[str, float]:
+        """`top1`, `top5` (percent) and `val_loss` over the ranks' shares of all images: the same on all ranks."""
         meter = ClassificationMeter(world.device)
         model.eval()
-        for _, logits, labels in predict(model, loader, world, self.precision):
+        for _, logits, labels in predict(model, self.loader(world, batch_size), world, self.precision):
             meter.update(logits, labels)
         model.train()
         counts = meter.compute()

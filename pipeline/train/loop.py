@@ -81,7 +81,7 @@ def train(
             if world.is_first:
                 at = {"step": step, "epoch": step / task.steps_per_epoch, "time_ms": round(time.time() * 1000)}
                 history.append(validation_file, {**at, **measured})
-            interval = Interval(world)  # the clock of the training alone; the line before it is written
+            interval = Interval(world, interval.losses)  # the clock of the training alone
         with out_of_memory.explained(layout, world.device, activation_checkpointing=activation_checkpointing):
             batch = interval.take(steps)
             for group in optimizer.param_groups:
