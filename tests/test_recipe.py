@@ -1,6 +1,7 @@
 """The paper's recipes as the tasks carry them out, held against timm's functions or values worked out by hand."""
 
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.data.convert import convert_segmentation_folder
 from pipeline.experiments import compose
 from pipeline.models import create_classifier
 from pipeline.tasks.classifier_training import ClassificationTask
-from pipeline.tasks.device_batch import erase, mix, normalise
+from pipeline.tasks.device_batch import Mixing, erase, mix, normalise
 from pipeline.tasks.segmenter_training import SegmentationTask
 
 WORLD = ranks.World(0, 1, 0, torch.device("cpu"), 1)
@@ -82,27 +83,30 @@ def test_the_rate_changes_by_epoch_as_timms_and_follows_the_batch(beton: Path, i
         assert task.learning_rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
 
 
-def test_mixing_is_timms_in_groups_of_128() -> None:
-    images = torch.randint(0, 256, (IMAGES, 3, 16, 16), dtype=torch.uint8)
+@pytest.mark.parametrize(("mixup_alpha", "cutmix_alpha"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
+def test_mixing_is_timms_in_groups_of_128(mixup_alpha: float, cutmix_alpha: float) -> None:
+    """Forty steps, so that boxes of every size and place are among them."""
+    images = torch.randint(0, 256, (IMAGES, 3, 16, 12), dtype=torch.uint8)
     labels = torch.arange(IMAGES) % 10
-    settings = {"prob": 1.0, "switch_prob": 0.5, "mode": "batch", "label_smoothing": 0.1, "num_classes": 10}
-    pixels, targets = mix(images, labels, Mixup(0.8, 1.0, **settings), 128, seed=1, step=5, first_group=0)
-    for group in range(2):
-        rows = slice(128 * group, 128 * (group + 1))
-        np.random.seed(int(np.random.SeedSequence([1, 0x6D6978, 5, group]).generate_state(1)[0]))
-        expected, expected_targets = Mixup(0.8, 1.0, **settings)(images[rows].float(), labels[rows])
-        assert torch.equal(pixels[rows], expected.round())
-        assert torch.equal(targets[rows], expected_targets)
+    mixing = Mixing(mixup_alpha, cutmix_alpha, label_smoothing=0.1, num_classes=10)
+    timms = Mixup(mixup_alpha, cutmix_alpha, prob=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=10)
+    for step in range(40):
+        pixels, targets = mix(images, labels, mixing, 128, seed=1, step=step, first_group=0)
+        for group in range(2):
+            rows = slice(128 * group, 128 * (group + 1))
+            np.random.seed(int(np.random.SeedSequence([1, 0x6D6978, step, group]).generate_state(1)[0]))
+            expected, expected_targets = timms(images[rows].float(), labels[rows])
+            assert torch.equal(pixels[rows], expected.round())
+            assert torch.equal(targets[rows], expected_targets)
 
 
 def test_mixup_and_cutmix_take_turns_with_the_recipes_lambdas(beton: Path, in_checkout: Path) -> None:
     task = papers_task("poolformer_s12", beton)
-    assert task.mixup is not None
+    assert task.mixing is not None
     lambdas: dict[bool, list[float]] = {True: [], False: []}
     for draw in range(2000):
-        np.random.seed(draw)
-        lam, cut = task.mixup._params_per_batch()
-        lambdas[bool(cut)].append(lam)
+        lam, cut = task.mixing.draw(np.random.RandomState(draw))
+        lambdas[cut].append(lam)
     assert len(lambdas[True]) / 2000 == pytest.approx(0.5, abs=0.04)
     # Beta(0.8, 0.8) and Beta(1, 1): mean 1/2, variances 1 / (4 (2 a + 1)).
     for cut, alpha in ((False, 0.8), (True, 1.0)):
@@ -112,10 +116,10 @@ def test_mixup_and_cutmix_take_turns_with_the_recipes_lambdas(beton: Path, in_ch
 
 def test_erasing_is_timms_a_quarter_of_the_images_with_noise() -> None:
     images = normalise(torch.randint(0, 256, (400, 3, 32, 32), dtype=torch.uint8))
-    erased = erase(images.clone(), torch.arange(400), RandomErasing(0.25, mode="pixel", device="cpu"), seed=1, epoch=2)
+    erased = erase(images.clone(), torch.arange(400), 0.25, seed=1, epoch=2)
     changed = (erased != images).flatten(1).any(1)
     assert changed.float().mean().item() == pytest.approx(0.25, abs=0.06)
-    for index in changed.nonzero().flatten()[:20].tolist():
+    for index in changed.nonzero().flatten().tolist():
         number = int(np.random.SeedSequence([1, 0x657261, 2, index]).generate_state(1)[0])
         random.seed(number)
         torch.manual_seed(number)
@@ -125,6 +129,26 @@ def test_erasing_is_timms_a_quarter_of_the_images_with_noise() -> None:
         rows, columns = box.any(1).nonzero(), box.any(0).nonzero()
         height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
         assert box.float().sum() >= 0.95 * height * width, "one box"
+
+
+def test_weights_are_those_of_torchs_seed_whatever_other_threads_draw(beton: Path, in_checkout: Path) -> None:
+    recipe = papers_task("poolformer_s12", beton).recipe
+    torch.manual_seed(3)
+    expected = create_classifier("poolformer_s12", 10, recipe.drop_path_rate).state_dict()
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            torch.rand(8)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        made = papers_task("poolformer_s12", beton).model.state_dict()
+    finally:
+        stop.set()
+        thread.join()
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("mixed", [True, False])

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from pipeline import world as ranks
 from pipeline.cluster import split
 from pipeline.errors import UserError
 from pipeline.models import create_classifier
-from pipeline.tasks.device_batch import erase, mix, normalise
+from pipeline.tasks.device_batch import Mixing, erase, mix, normalise
 from pipeline.train import checkpoint, history
 from pipeline.train.counted_noise import CountedNoise
 from pipeline.train.loop import train
@@ -277,9 +275,9 @@ def test_drop_path_rate_is_what_it_says() -> None:
 def test_mixing_is_by_group_and_counted() -> None:
     images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
     labels = torch.arange(16) % 10
-    mixup = Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=10)
-    pixels, targets = mix(images, labels, mixup, 4, seed=1, step=5, first_group=0)
-    second, second_targets = mix(images[8:], labels[8:], mixup, 4, seed=1, step=5, first_group=2)
+    mixing = Mixing(0.8, 1.0, label_smoothing=0.1, num_classes=10)
+    pixels, targets = mix(images, labels, mixing, 4, seed=1, step=5, first_group=0)
+    second, second_targets = mix(images[8:], labels[8:], mixing, 4, seed=1, step=5, first_group=2)
     assert torch.equal(pixels[8:], second)
     assert torch.equal(targets[8:], second_targets)
     torch.testing.assert_close(targets.sum(1), torch.ones(16))
@@ -290,9 +288,8 @@ def test_mixing_is_by_group_and_counted() -> None:
 def test_erasing_is_counted_by_sample() -> None:
     images = normalise(torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8))
     ids = torch.arange(32)
-    erasing = RandomErasing(0.25, mode="pixel", device="cpu")
-    whole = erase(images.clone(), ids, erasing, seed=3, epoch=2)
-    part = erase(images[10:].clone(), ids[10:], erasing, seed=3, epoch=2)
+    whole = erase(images.clone(), ids, 0.25, seed=3, epoch=2)
+    part = erase(images[10:].clone(), ids[10:], 0.25, seed=3, epoch=2)
     assert torch.equal(whole[10:], part)
     changed = (whole != images).flatten(1).any(1).float().mean()
     assert 0.05 < changed < 0.5

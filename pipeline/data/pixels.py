@@ -11,10 +11,11 @@ import io
 import math
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from numpy.ctypeslib import ndpointer
 from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
@@ -64,8 +65,29 @@ OPERATIONS = {
     "TranslateYRel": 11,
 }
 
-_library = ctypes.CDLL(import_module("pipeline.data._pixels").__file__)
+# Arrays go to C as themselves, never as addresses: a call lets go of the GIL, and an array that nothing else refers to
+# would be freed, and its memory used again, before C has read it.
+_sources = ndpointer(SOURCE, ndim=1, flags="C_CONTIGUOUS")
+_plans = ndpointer(PLAN, ndim=1, flags="C_CONTIGUOUS")
+_operation = ndpointer(OP, ndim=1, flags="C_CONTIGUOUS")
+_image = ndpointer(np.uint8, ndim=3, flags=("C_CONTIGUOUS", "WRITEABLE"))
+_images = ndpointer(np.uint8, ndim=4, flags=("C_CONTIGUOUS", "WRITEABLE"))
+_box = ndpointer(np.int32, shape=(4,), flags="C_CONTIGUOUS")
+_key = ndpointer(np.uint64, shape=(2,), flags="C_CONTIGUOUS")
+_words = ndpointer(np.uint64, ndim=2, flags="C_CONTIGUOUS")
+
+_library: Any = ctypes.CDLL(import_module("pipeline.data._pixels").__file__)
+_library.make_batch.argtypes = [
+    _sources, _plans, ctypes.c_int64, ctypes.c_int32, _images, ctypes.c_int32, ctypes.c_char_p,
+]  # fmt: skip
 _library.make_batch.restype = ctypes.c_int64
+_library.decode.argtypes = [_sources, _box, _image, ctypes.c_char_p]
+_library.decode.restype = ctypes.c_int32
+_library.is_whole.argtypes = [_sources]
+_library.is_whole.restype = ctypes.c_int32
+_library.apply_operation.argtypes = [_image, ctypes.c_int32, ctypes.c_int32, _operation]
+_library.apply_operation.restype = ctypes.c_int32
+_library.philox.argtypes = [_key, _words, ctypes.c_int64, ctypes.c_int64, _words]
 _library.philox.restype = None
 
 
@@ -85,18 +107,10 @@ def make_batch(sources: npt.NDArray[np.void], plans: npt.NDArray[np.void], out: 
         SampleError: for the first sample that cannot be decoded.
     """
     count, size_px = out.shape[:2]
-    if not (len(sources) == len(plans) == count and out.flags.c_contiguous):
-        raise AssertionError("sources, plans and a contiguous out belong together")
+    if not len(sources) == len(plans) == count:
+        raise AssertionError("sources, plans and out belong together")
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-    failed = _library.make_batch(
-        _address(sources),
-        _address(plans),
-        ctypes.c_int64(count),
-        ctypes.c_int32(size_px),
-        _address(out),
-        ctypes.c_int32(workers),
-        message,
-    )
+    failed = _library.make_batch(sources, plans, count, size_px, out, workers, message)
     if failed >= 0:
         raise SampleError(failed, message.value.decode())
 
@@ -115,10 +129,19 @@ def decode_jpeg(data: bytes, box: Box | None = None) -> Pixels:
     source = np.zeros(1, SOURCE)
     content = np.frombuffer(data, np.uint8)
     source[0] = (content.ctypes.data, len(data), width, height, 0, 0)
-    corners = np.array(box, np.int32)
-    if _library.decode(_address(source), _address(corners), _address(out), message):
+    if _library.decode(source, np.array(box, np.int32), out, message):
         raise SampleError(0, message.value.decode())
     return out
+
+
+def is_whole_jpeg(data: bytes, width: int, height: int) -> bool:
+    """Whether every bit of a JPEG of this size is in order, so that all decoders make the same pixels of it."""
+    content, source = np.frombuffer(data, np.uint8), np.zeros(1, SOURCE)
+    source[0] = (content.ctypes.data, len(data), width, height, 0, 0)
+    answer: int = _library.is_whole(source)
+    if answer < 0:
+        raise MemoryError
+    return answer == 1
 
 
 def resize_crop(image: Pixels, box: Box, size: int, interpolation: Interpolation, *, flip: bool = False) -> Pixels:
@@ -140,7 +163,7 @@ def apply_op(image: Pixels, name: str, value: float, interpolation: Interpolatio
     height, width = out.shape[:2]
     record = np.zeros(1, OP)
     record[0] = operation(name, value, interpolation, width, height)
-    if _library.apply_operation(_address(out), width, height, _address(record)):
+    if _library.apply_operation(out, width, height, record):
         raise MemoryError
     return out
 
@@ -152,13 +175,7 @@ def philox(key: tuple[int, int], counters: npt.NDArray[np.uint64], blocks: int) 
     """
     counters = np.ascontiguousarray(counters, np.uint64)
     words = np.empty((len(counters), 4 * blocks), np.uint64)
-    _library.philox(
-        _address(np.array(key, np.uint64)),
-        _address(counters),
-        ctypes.c_int64(len(counters)),
-        ctypes.c_int64(blocks),
-        _address(words),
-    )
+    _library.philox(np.array(key, np.uint64), counters, len(counters), blocks, words)
     return words
 
 
@@ -200,7 +217,3 @@ def _rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
         cos,
         minus_sin * -x + cos * -y + 0.0 + y,
     )
-
-
-def _address(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)

@@ -6,6 +6,7 @@ times (native/block.c). Values differ by rounding alone. Training, float32, GPUs
 
 import ctypes
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from timm.models.metaformer import MetaFormerBlock, Mlp, Scale
@@ -13,7 +14,29 @@ from torch import Tensor, nn
 
 _spec = find_spec("pipeline.models._block")
 assert _spec is not None, "not built: run make setup"
-_library = ctypes.CDLL(_spec.origin)
+_library: Any = ctypes.CDLL(_spec.origin)
+
+
+class _TensorArgument:
+    """A ctypes argument type: hands C a tensor's memory; the call itself holds the tensor until it returns."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def from_param(self, tensor: Tensor) -> ctypes.c_void_p:
+        if tensor.dtype != self.dtype or tensor.device.type != "cpu":
+            raise TypeError(f"a {self.dtype} tensor on the CPU is expected, not {tensor.dtype} on {tensor.device}")
+        return ctypes.c_void_p(tensor.data_ptr())
+
+
+_float32, _bfloat16 = _TensorArgument(torch.float32), _TensorArgument(torch.bfloat16)
+_library.mix_tokens.argtypes = [
+    _float32, _float32, _float32, _float32, _float32, _bfloat16,
+    ctypes.c_float, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int,
+]  # fmt: skip
+_library.mix_tokens.restype = ctypes.c_int
+_library.add_scaled.argtypes = [_float32, _bfloat16, _float32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+_library.add_scaled.restype = None
 ONEDNN_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -44,18 +67,15 @@ class PoolFormerBlock(MetaFormerBlock):
     def _fused(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last).float()
         y, normed = torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
-        threads = ctypes.c_int(torch.get_num_threads())
+        batch, channels, height, width = x.shape
+        threads = torch.get_num_threads()
         mix_scale = self.layer_scale1.scale * self.norm1.weight
         arrays = (x, mix_scale, self.norm2.weight, self.norm2.bias, y, normed)
-        batch, channels, height, width = map(ctypes.c_int64, x.shape)
-        eps = ctypes.c_float(self.norm2.eps)
-        if _library.mix_tokens(*map(_pointer, arrays), eps, batch, height, width, channels, threads):
+        if _library.mix_tokens(*arrays, self.norm2.eps, batch, height, width, channels, threads):
             raise MemoryError("no memory for a PoolFormer block")
         hidden = _linear(normed.permute(0, 2, 3, 1).flatten(0, 2), self.mlp.fc1, "gelu")
         branch = _linear(hidden, self.mlp.fc2, "none")
-        _library.add_scaled(
-            *map(_pointer, (y, branch, self.layer_scale2.scale)), ctypes.c_int64(len(branch)), channels, threads
-        )
+        _library.add_scaled(y, branch, self.layer_scale2.scale, len(branch), channels, threads)
         return y
 
 
@@ -65,7 +85,3 @@ def _linear(x: Tensor, layer: nn.Conv2d | nn.Linear, activation: str) -> Tensor:
     weight, bias = layer.weight.flatten(1).bfloat16(), layer.bias.bfloat16()
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
     return product
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -19,8 +17,8 @@ from pipeline.data.beton import open_beton
 from pipeline.data.loaders import TrainAugmentation, train_loader
 from pipeline.errors import UserError
 from pipeline.models import create_classifier
-from pipeline.tasks.device_batch import at_least_float32, erase, mix, normalise, to_device
-from pipeline.tasks.training import run_recipe
+from pipeline.tasks.device_batch import Mixing, at_least_float32, erase, mix, normalise, to_device
+from pipeline.tasks.training import SeededInitialisation, run_recipe
 from pipeline.tasks.validation import ValidationSet
 from pipeline.train.schedule import cosine_by_epoch
 from pipeline.train.task import Step, Validation
@@ -37,17 +35,18 @@ class ClassificationTask:
         self.recipe, self.beton, self.seed, self.world = recipe, beton, seed, world
         self.precision, self.global_batch_size = recipe.precision, recipe.global_batch_size
         self.image_size = recipe.image_size
-        torch.manual_seed(seed)
-        self.model: nn.Module = create_classifier(variant, num_classes, recipe.drop_path_rate)
+        with SeededInitialisation(seed):
+            self.model: nn.Module = create_classifier(variant, num_classes, recipe.drop_path_rate)
         samples = int(open_beton(beton).num_samples)
         self.steps_per_epoch = samples // recipe.global_batch_size
         if self.steps_per_epoch == 0:
             raise UserError(f"{beton} has {samples} images, fewer than one global batch of {recipe.global_batch_size}")
         whole = (recipe.epochs + recipe.cooldown_epochs) * self.steps_per_epoch
         self.total_steps = min(whole, recipe.max_steps or whole)
-        self.mixup = self._mixup(num_classes)
-        self.erasing = (
-            RandomErasing(recipe.random_erasing, mode="pixel", device="cpu") if recipe.random_erasing else None
+        self.mixing = (
+            Mixing(recipe.mixup_alpha, recipe.cutmix_alpha, recipe.label_smoothing, num_classes)
+            if recipe.mixup_alpha or recipe.cutmix_alpha
+            else None
         )
         self.share = recipe.global_batch_size // world.size
         self.rows_loaded = self._rows_loaded()
@@ -55,23 +54,10 @@ class ClassificationTask:
         start = world.rank * self.share - self.first_row_loaded
         self.own_rows = slice(start, start + self.share)
 
-    def _mixup(self, num_classes: int) -> Mixup | None:
-        if not self.recipe.mixup_alpha and not self.recipe.cutmix_alpha:
-            return None
-        return Mixup(
-            self.recipe.mixup_alpha,
-            self.recipe.cutmix_alpha,
-            prob=1.0,
-            switch_prob=0.5,
-            mode="batch",
-            label_smoothing=self.recipe.label_smoothing,
-            num_classes=num_classes,
-        )
-
     def _rows_loaded(self) -> int:
         """Rows of the global batch that this rank reads: its share, or the whole mixing group that its share is in."""
         group = self.recipe.mixup_group_size
-        if self.mixup is None or self.share % group == 0:
+        if self.mixing is None or self.share % group == 0:
             return self.share
         if group % self.share or self.global_batch_size % group:
             raise UserError(
@@ -124,18 +110,17 @@ class ClassificationTask:
 
     def prepare(self, batch: Step, step: int, device: torch.device) -> tuple[Tensor, ...]:
         images, labels = (to_device(tensor, device) for tensor in batch.tensors)
-        if self.mixup is not None:
+        if self.mixing is not None:
             group = self.recipe.mixup_group_size
-            images, labels = mix(images, labels, self.mixup, group, self.seed, step, self.first_row_loaded // group)
+            images, labels = mix(images, labels, self.mixing, group, self.seed, step, self.first_row_loaded // group)
         images, labels = normalise(images[self.own_rows]), labels[self.own_rows]
-        if self.erasing is not None:
-            self.erasing.device = device
-            erase(images, batch.sample_ids, self.erasing, self.seed, step // self.steps_per_epoch)
+        if probability := self.recipe.random_erasing:
+            erase(images, batch.sample_ids, probability, self.seed, step // self.steps_per_epoch)
         return images.to(next(self.model.parameters()).dtype), labels
 
     def loss(self, model: nn.Module, *micro_batch: Tensor) -> Tensor:
         images, labels = micro_batch
-        smoothing = 0.0 if self.mixup is not None else self.recipe.label_smoothing  # mixed labels are smooth already
+        smoothing = 0.0 if self.mixing is not None else self.recipe.label_smoothing  # mixed labels are smooth already
         return nn.functional.cross_entropy(at_least_float32(model(images)), labels, label_smoothing=smoothing)
 
 

@@ -4,14 +4,15 @@ In the official command's order (timm's FastCollateMixup, then its PrefetchLoade
 rounded, then normalised, then erased.
 """
 
-import random
+import math
+from dataclasses import dataclass
 from functools import lru_cache
+from random import Random
 
 import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
+from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
 IGNORED_LABEL = 255
@@ -41,10 +42,32 @@ def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, deviation
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """Mixup and CutMix by turns, as timm's `Mixup(mode="batch")`; an alpha of 0 leaves that one out."""
+
+    mixup_alpha: float
+    """Of Beta(alpha, alpha), from which the share of the image itself is drawn."""
+    cutmix_alpha: float
+    label_smoothing: float
+    num_classes: int
+    switch_probability: float = 0.5
+    """Of CutMix where both are on."""
+
+    def draw(self, random: np.random.RandomState) -> tuple[float, bool]:
+        """The share of the image itself, and whether to cut; timm's draws in timm's order."""
+        random.random_sample()  # timm's mixing probability, which is 1 here
+        cuts = self.cutmix_alpha > 0
+        if cuts and self.mixup_alpha > 0:
+            cuts = bool(random.random_sample() < self.switch_probability)
+        alpha = self.cutmix_alpha if cuts else self.mixup_alpha
+        return float(random.beta(alpha, alpha)), cuts
+
+
 def mix(
-    images: Tensor, labels: Tensor, mixup: Mixup, group_size: int, seed: int, step: int, first_group: int
+    images: Tensor, labels: Tensor, mixing: Mixing, group_size: int, seed: int, step: int, first_group: int
 ) -> tuple[Tensor, Tensor]:
-    """Mix each group of `group_size` images within itself by timm's Mixup or CutMix.
+    """Mix each group of `group_size` images with the same group in reverse order.
 
     Args:
         images: uint8 `(B, 3, H, W)`, whole groups.
@@ -57,26 +80,57 @@ def mix(
     mixed = images.float()
     targets = []
     for index, start in enumerate(range(0, len(images), group_size)):
-        # timm's Mixup draws from numpy's global stream; seeding it for each group makes the draws counted.
-        np.random.seed(_counted([seed, MIXING, step, first_group + index]))
+        # timm draws from numpy's global stream; a generator of the same kind gives the same numbers to this call alone.
+        random = np.random.RandomState(_counted([seed, MIXING, step, first_group + index]))
         group = slice(start, start + group_size)
-        part, target = mixup(mixed[group], labels[group])
-        mixed[group] = part
-        targets.append(target)
+        own_share = _mix_group(mixed[group], mixing, random)
+        targets.append(mixup_target(labels[group], mixing.num_classes, own_share, mixing.label_smoothing))
     return mixed.round_(), torch.cat(targets)
 
 
-def erase(images: Tensor, sample_ids: Tensor, erasing: RandomErasing, seed: int, epoch: int) -> Tensor:
-    """Erase boxes of normalised images in place; an image's draws are functions of (seed, epoch, sample id)."""
+def _mix_group(images: Tensor, mixing: Mixing, random: np.random.RandomState) -> float:
+    """Mix in place; the share of each image itself. The box's rounding and clipping are timm 1.0.31's `rand_bbox`."""
+    own_share, cuts = mixing.draw(random)
+    reverse = images.flip(0)
+    if not cuts:
+        images.mul_(own_share).add_(reverse.mul_(1.0 - own_share))
+        return own_share
+    sides, spans = images.shape[-2:], []
+    for side in sides:
+        length, centre = int(side * np.sqrt(1 - own_share)), random.randint(0, side)
+        spans.append(slice(max(centre - length // 2, 0), min(centre + (length + 1) // 2, side)))
+    rows, columns = spans
+    images[:, :, rows, columns] = reverse[:, :, rows, columns]
+    return 1.0 - (rows.stop - rows.start) * (columns.stop - columns.start) / float(sides[0] * sides[1])
+
+
+# timm's defaults, which the official command leaves as they are.
+ERASED_AREA, ERASED_ASPECT, ERASING_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
+
+
+def erase(images: Tensor, sample_ids: Tensor, probability: float, seed: int, epoch: int) -> Tensor:
+    """Fill a box of normalised images with noise, in place; an image's draws are functions of (seed, epoch, sample id).
+
+    Numbers and arithmetic are those of timm's `RandomErasing(probability, mode="pixel")` after seeding its streams.
+    """
+    noise = torch.Generator(images.device)
+    height, width = images.shape[-2:]
     for image, sample in zip(images, sample_ids.tolist(), strict=True):
-        # timm draws box and noise from the global streams of `random` and torch.
         number = _counted([seed, ERASING, epoch, sample])
-        random.seed(number)
-        if random.random() > erasing.probability:  # timm's first draw, which leaves most images as they are
+        draws = Random(number)
+        if draws.random() > probability:
             continue
-        random.seed(number)
-        torch.manual_seed(number)  # slow, hence only now
-        erasing(image)
+        for _ in range(ERASING_TRIES):
+            area = draws.uniform(*ERASED_AREA) * height * width
+            aspect = math.exp(draws.uniform(*map(math.log, ERASED_ASPECT)))
+            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if rows < height and columns < width:
+                top, left = draws.randint(0, height - rows), draws.randint(0, width - columns)
+                noise.manual_seed(number)
+                image[:, top : top + rows, left : left + columns].copy_(
+                    torch.empty(3, rows, columns, dtype=images.dtype, device=images.device).normal_(generator=noise)
+                )
+                break
     return images
 
 

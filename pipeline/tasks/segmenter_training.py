@@ -14,7 +14,7 @@ from pipeline.data.beton import open_beton
 from pipeline.data.segmentation import SegmentationAugmentation, segmentation_train_loader
 from pipeline.models import create_classifier, create_segmenter, load_released
 from pipeline.tasks.device_batch import IGNORED_LABEL, normalise, resize_logits, to_device
-from pipeline.tasks.training import run_recipe
+from pipeline.tasks.training import SeededInitialisation, run_recipe
 from pipeline.train.schedule import polynomial
 from pipeline.train.task import Step
 
@@ -36,8 +36,8 @@ class SegmentationTask:
         self.recipe, self.beton, self.seed, self.world = recipe, beton, seed, world
         self.precision, self.global_batch_size = recipe.precision, recipe.global_batch_size
         self.image_size = recipe.crop_size
-        torch.manual_seed(seed)
-        model = create_segmenter(variant, num_classes)
+        with SeededInitialisation(seed):
+            model = create_segmenter(variant, num_classes)
         classifier = create_classifier(variant, backbone_classes)
         load_released(classifier, backbone)
         model.load_backbone(classifier.state_dict())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import paths
 from pipeline import world as ranks
@@ -15,6 +16,24 @@ from pipeline.cluster import Profile, Split
 from pipeline.train import checkpoint, history, system
 from pipeline.train.loop import train
 from pipeline.train.task import Task, Validation
+
+
+class SeededInitialisation(TorchDispatchMode):
+    """Models made inside draw their weights from a generator that nothing else has.
+
+    The weights are those of `torch.manual_seed(seed)` before. But torch's global stream belongs to every thread of the
+    process; a mode belongs to the thread that enters it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
 
 
 def run_recipe(

@@ -64,6 +64,7 @@ static int copy_scan(HuffmanScan *scan, const uint8_t *from, size_t size_bytes) 
     uint8_t *to = buffer_reserve(&scan->bytes, size_bytes + PADDING_BYTES);
     if (!to) return -1;
     scan->next = to;
+    scan->marker = 0;
     const uint8_t *end = from + size_bytes;
     while (from < end) {
         const uint8_t *marker = memchr(from, 0xff, end - from);
@@ -71,7 +72,11 @@ static int copy_scan(HuffmanScan *scan, const uint8_t *from, size_t size_bytes) 
         size_t count = (marker ? marker : end) - from + stuffed;
         memcpy(to, from, count);
         to += count;
-        if (!stuffed) break;
+        if (!stuffed) {
+            while (marker && marker < end && *marker == 0xff) marker++; /* fill bytes */
+            scan->marker = marker && marker < end ? *marker : 0;
+            break;
+        }
         from = marker + 2;
     }
     scan->end = to;
@@ -198,4 +203,8 @@ int huffman_decode_mcu(HuffmanScan *scan, int blocks_in_mcu, JBLOCKROW *blocks) 
     scan->bits = in.bits;
     scan->bit_count = in.count & BITS;
     return in.next - (scan->bit_count >> 3) > scan->end ? -1 : 0;
+}
+
+int huffman_is_at_end(const HuffmanScan *scan) {
+    return scan->marker == JPEG_EOI && scan->next - (scan->bit_count >> 3) == scan->end;
 }

@@ -28,6 +28,7 @@ typedef struct {
 typedef struct {
     Buffer bytes; /* the scan without its stuffing */
     const uint8_t *next, *end;
+    int marker; /* that follows the scan; 0 without one */
     uint64_t bits; /* the next bits of the scan, from the highest down */
     uint32_t bit_count;
     int last_dc[MAX_COMPS_IN_SCAN];
@@ -42,5 +43,8 @@ int huffman_begin(j_decompress_ptr info, HuffmanScan *scan);
 /* The coefficients of one MCU into zeroed blocks, or nowhere when `blocks` is NULL. Answers -1 for a
    scan that is damaged: libjpeg has rules for that, so it must decode the file. */
 int huffman_decode_mcu(HuffmanScan *scan, int blocks_in_mcu, JBLOCKROW *blocks);
+
+/* Whether nothing is left but padding bits, and the end-of-image marker follows. */
+int huffman_is_at_end(const HuffmanScan *scan);
 
 #endif

@@ -9,8 +9,10 @@
 #define MESSAGE_BYTES 256
 #define OPS_PER_SAMPLE 2
 
-/* Compiled for three generations of x86-64 and chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+/* Compiled for three generations of x86-64 and chosen when the library is loaded: before a sanitizer is ready for it. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define FOR_EACH_CPU
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_CPU __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FOR_EACH_CPU
@@ -82,6 +84,7 @@ int decode_jpeg(
     Decoder *decoder, const Source *source, const int32_t box[4], Buffer *pixels, View *view,
     char *message
 );
+int jpeg_is_whole(Decoder *decoder, const Source *source, Buffer *row); /* answers 1 or 0 */
 
 /* resize.c */
 typedef struct {

@@ -167,6 +167,15 @@ EXPORT int32_t decode(const Source *source, const int32_t box[4], uint8_t *out, 
     return failed;
 }
 
+/* 1 for a JPEG whose every bit is in order, 0 for a damaged one, -1 without memory. */
+EXPORT int32_t is_whole(const Source *source) {
+    Worker *worker = worker_take();
+    if (!worker) return -1;
+    int answer = jpeg_is_whole(worker->decoder, source, &worker->pixels);
+    worker_give_back(worker);
+    return answer;
+}
+
 /* One operation in place on an image (height, width, 3). */
 EXPORT int32_t apply_operation(uint8_t *image, int32_t width, int32_t height, const Op *op) {
     Worker *worker = worker_take();
