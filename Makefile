@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 
-PYTHON ?= python3.11
+# The newest of these that is here makes the virtual environment; `make setup PYTHON=/path/to/python` takes another.
+PYTHON_VERSIONS := 3.13 3.12 3.11
 VENV := .venv
 PORT ?= 5000
 STAMP := $(VENV)/installed
@@ -17,7 +18,10 @@ APT_BUILD := build-essential pkg-config libopencv-dev libturbojpeg0-dev libjpeg-
 APT_SLURM := slurm-wlm slurmdbd munge mariadb-server
 APT_TRACKING := postgresql chromium texlive-latex-recommended
 
-.PHONY: help setup demo test bench dashboard check apt-build apt-test
+.PHONY: help setup demo test check soak fresh-machine bench dashboard apt-build apt-test
+
+LINT := ruff check . && ruff format --check . && mypy && lint-imports
+SIDE_BY_SIDE := --numprocesses 2 --dist loadgroup
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,12 +33,19 @@ demo: setup  ## the whole graph on handwritten digits, then the tables
 	python -m pipeline show
 	echo "Report: reports/index.html    Runs and curves: make dashboard"
 
-test: setup apt-test  ## every check and every test
-	@ruff check .
-	ruff format --check .
-	mypy
-	lint-imports
-	pytest
+test: setup apt-test  ## every check and every test, side by side
+	@$(LINT)
+	pytest $(SIDE_BY_SIDE) $(PYTEST)
+
+check: setup  ## lint, types, import layers and the tests that take moments: no Slurm, no graph, no browser
+	@$(LINT)
+	pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST)
+
+soak: setup  ## the fuzzer under AddressSanitizer for an hour (SOAK_S=seconds)
+	@SOAK_S=$(or $(SOAK_S),3600) pytest --timeout=0 tests/test_native.py $(PYTEST)
+
+fresh-machine:  ## both README commands in bare Debian systems, made with debootstrap (as root; SUITES=)
+	@./.ci/fresh-machine $(SUITES)
 
 bench: setup  ## data path, training step and the rest against timm and stock FFCV, on this machine
 	@python -m benchmarks
@@ -54,8 +65,11 @@ apt-test:
 	@packages="$(APT_SLURM) $(APT_TRACKING)" ./.ci/apt-install --optional
 
 $(STAMP): requirements.lock requirements-build.lock pyproject.toml $(wildcard pipeline/*/native/*) | apt-build
-	@command -v $(PYTHON) > /dev/null || { echo "Python 3.11 is missing: apt-get install python3.11 python3.11-venv (or set PYTHON=)"; exit 1; }
-	test -x $(VENV)/bin/python || { echo "== virtual environment"; $(PYTHON) -m venv $(VENV); }
+	@if [ ! -x $(VENV)/bin/python ]; then
+	  python=$$(PYTHON="$(PYTHON)" VERSIONS="$(PYTHON_VERSIONS)" ./.ci/find-python)
+	  echo "== virtual environment ($$($$python --version))"
+	  $$python -m venv $(VENV)
+	fi
 	echo "== installer"
 	python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-build.lock
 	echo "== packages (some GB the first time)"

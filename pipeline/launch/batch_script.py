@@ -106,7 +106,7 @@ def _afterwards(jobs: Path, profile: Profile) -> list[str]:
     """
     return [
         "status=$?",
-        f'[ $status -eq 0 ] || {_python(profile)} -m pipeline.launch.retry "$jobs"',
+        f'[ $status -eq 0 ] || {_python(profile)} -m pipeline.launch.retry "$jobs" && status=0',
         'if [ -e "$jobs/$SLURM_JOB_ID.again" ]; then',
         '  rm "$jobs/$SLURM_JOB_ID.again"',
         "  for attempt in 1 2 3 4 5 6 7 8 9 10; do",

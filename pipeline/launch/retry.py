@@ -7,16 +7,21 @@ from pipeline.launch import attempts, record
 from pipeline.launch.attempts import Attempt
 
 
-def main(jobs: Path) -> None:
+def main(jobs: Path) -> int:
+    """The exit status for the job: 0 where its run was done before the ranks failed."""
     folder, attempt = attempts.run_folder(jobs), Attempt.current()
+    if record.is_done(folder, (folder / "fingerprint").read_text()):
+        print("done before that: nothing is tried again")
+        return 0
     job = record.read_job(folder)
     if job is None or job.job_id != attempt.job:
-        return
+        return 1
     again = attempts.fail(folder, attempt, job.log)
     print(f"failed: {record.failures(folder)[-1].message}; {'trying again' if again else 'not tried again'}")
     if again:
         attempts.ask_again(jobs)
+    return 1
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

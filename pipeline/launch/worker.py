@@ -8,9 +8,10 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline import paths
 from pipeline.cluster import Profile
@@ -35,22 +36,42 @@ class Worker:
 
         DelayedSubmission(self).dump(path)
 
-    def __call__(self) -> None:
-        """Run this rank of the job and, on rank 0, mark the run as done.
+    def __call__(self) -> NoReturn:
+        """Run this rank of the job, and end its process: with status 1 after an error, which is left in the run folder.
 
-        An error is left in the run folder for whoever waits; the process then ends with status 1.
+        Nothing of submitit's or the interpreter's end follows. Threads of torch, gloo, FFCV and OpenMP are still there
+        then, and one that aborts would have a run that is done count as failed.
         """
         import faulthandler
-
-        import submitit
 
         stopping = _Stopping()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
         faulthandler.enable()
+        status = 1
+        try:
+            self._attempt(stopping)
+            status = 0
+        except SystemExit:
+            pass  # its message is in the log, or in the run folder's errors
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _attempt(self, stopping: "_Stopping") -> None:
+        """Run to the end, or until the job is stopped."""
+        import submitit
+
         environment = submitit.JobEnvironment()
         attempt = Attempt.current()
         folder = attempts.run_folder(self.jobs)
         is_local, is_first = environment.cluster == "local", environment.global_rank == 0
+        if record.is_done(folder, (folder / "fingerprint").read_text()):
+            log.info("%s is done: nothing is left to do", folder)
+            return
         if is_first:
             self._take(folder, attempt, is_local)
         with attempts.errors_of_rank(folder, attempt, environment.global_rank):
@@ -58,8 +79,6 @@ class Worker:
             if not finished and is_local:
                 raise UserError("stopped by a signal; `dvc repro` goes on from the checkpoint that it wrote")
         if is_first and finished:
-            with paths.written_atomically(folder / "done") as temporary:
-                temporary.write_text((folder / "fingerprint").read_text())
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         elif is_first:
             attempts.ask_again(self.jobs)
@@ -96,6 +115,9 @@ class Worker:
         store = rendezvous.meet(folder, attempt, environment.hostnames[0], rank, size) if size > 1 else None
         with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
             finished = bool(call(world, folder, profile, **work["arguments"]))
+            if finished and rank == 0:
+                with paths.written_atomically(folder / "done") as temporary:
+                    temporary.write_text((folder / "fingerprint").read_text())
             if store is not None:
                 import torch.distributed as dist
 

@@ -28,5 +28,7 @@ CONVERSION = (
     "pipeline/data/convert.py",
     "pipeline/data/folders.py",
     "pipeline/data/manifest.py",
+    "pipeline/data/native",
+    "pipeline/data/pixels.py",
     "pipeline/data/stored.py",
 )
