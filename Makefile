@@ -20,7 +20,7 @@ APT_TRACKING := postgresql chromium texlive-latex-recommended
 
 .PHONY: help setup demo test check soak fresh-machine bench dashboard apt-build apt-test
 
-LINT := ruff check . && ruff format --check . && mypy && lint-imports
+LINT := ruff check .; ruff format --check .; mypy; lint-imports
 SIDE_BY_SIDE := --numprocesses 2 --dist loadgroup
 
 help:  ## this list

@@ -1,4 +1,8 @@
-"""Shared fixtures: a checkout of its own to run commands in."""
+"""How tests share a machine, and what they share: a checkout to run commands in, and one finished graph.
+
+`make check` leaves out what is marked slow; `make test` runs everything on several workers. The tests of a module stay
+on one worker with their fixtures, and all tests on Slurm on one, for there is one cluster.
+"""
 
 import os
 import shutil
@@ -8,10 +12,38 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 Run = Callable[..., subprocess.CompletedProcess[str]]
+LONGEST_FIRST = ("slurm", "test_graph", "test_benchmarks", "test_released_tier", "test_layouts", "test_native")
+DEMO = (
+    "scale=demo",
+    "classification.train=[poolformer_s12]",
+    "classification.recipe.max_steps=12",
+    "classification.recipe.precision=fp32",
+    "segmentation.recipe.max_steps=6",
+    "segmentation.recipe.precision=fp32",
+    "evaluation.classification.precision=fp32",
+    "evaluation.segmentation.precision=fp32",
+)
+"""The demo, shortened to one variant and a few steps, in float32 so that one process and two ranks can be compared."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests by module, or on Slurm, and begin with the groups that take longest."""
+
+    def group(item: pytest.Item) -> str:
+        marker = item.get_closest_marker("xdist_group")
+        return str(marker.args[0]) if marker else item.path.stem
+
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(group(item), len(order)))
 
 
 def skip(reason: str) -> None:
@@ -25,7 +57,7 @@ class Checkout:
     """A copy of the project in a temporary folder, with commands run from it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         for name in ("pipeline", "experiments", "slurm", "released"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
@@ -34,6 +66,17 @@ class Checkout:
         config = (ROOT / ".dvc/config").read_text()
         (folder / ".dvc/config").write_text(config.replace("[core]", "[core]\n    no_scm = True"))
         (folder / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
+        self._enter(folder)
+
+    @classmethod
+    def at(cls, folder: Path) -> "Checkout":
+        """One that is there already."""
+        checkout = cls.__new__(cls)
+        checkout._enter(folder)
+        return checkout
+
+    def _enter(self, folder: Path) -> None:
+        self.folder = folder
         self.environment = {
             key: value
             for key, value in os.environ.items()
@@ -67,3 +110,27 @@ def in_checkout(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, as the working directory of this process."""
     monkeypatch.chdir(checkout.folder)
     return checkout.folder
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def demo_outputs(shared_folder: Path) -> Path:
+    """results/, reports/ and models/ as `dvc repro` left them in the checkout `shared_folder`/graph; for reading."""
+    outputs = shared_folder / "demo-outputs"
+    with FileLock(shared_folder / "demo.lock"):
+        if not outputs.exists():
+            shutil.rmtree(shared_folder / "graph", ignore_errors=True)
+            checkout = Checkout(shared_folder / "graph")
+            checkout.pipeline("compose", *DEMO)
+            checkout.run("dvc", "repro")
+            making = shared_folder / "demo-outputs.making"
+            for name in ("results", "reports", "models"):
+                shutil.copytree(checkout.folder / name, making / name)
+            making.rename(outputs)
+    return outputs

@@ -16,10 +16,12 @@ from conftest import skip
 
 DEV_CLUSTER = Path(__file__).parent.parent / "slurm/dev_cluster"
 STATE = Path("/run/slurm_dev")
+ON_SLURM = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.usefixtures("nothing_left")]
+"""The marks of a module whose tests use the cluster."""
 CANNOT_RUN_HERE = 2  # dev_cluster's exit status where the user has to do something first
 
 
-def wait_until(is_so: Callable[[], object], what: str, limit_s: float = 60) -> None:
+def wait_until(is_so: Callable[[], object], what: str, limit_s: float = 600) -> None:
     """Return as soon as `is_so()` is true; AssertionError after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while not is_so():
@@ -93,3 +95,13 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
     yield SlurmCluster(is_borrowed=is_borrowed)
     if not is_borrowed:
         dev_cluster("down")
+
+
+@pytest.fixture
+def nothing_left(slurm_cluster: SlurmCluster) -> Iterator[None]:
+    """After a test, whatever became of it: every service up, both nodes idle, no job in the queue."""
+    yield
+    slurm_cluster.up()
+    slurm_cluster.run("scancel", "--user=root")
+    wait_until(lambda: not slurm_cluster.run("squeue", "--noheader"), "an empty queue")
+    wait_until(lambda: set(slurm_cluster.run("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, "idle nodes")

@@ -129,6 +129,7 @@ def test_the_start_of_a_job_is_measured(tmp_path: Path) -> None:
     assert row["first_step_after_s"] > 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = bench("--folder", str(tmp_path / "nowhere"), "--output", str(tmp_path))
     assert done.returncode == 1
@@ -136,6 +137,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_photos_differ_and_stay_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks.photos import copy_images, write_photos

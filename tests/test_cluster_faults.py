@@ -7,6 +7,7 @@ Faults share a job where that keeps them honest. `pytest -s` prints what each co
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,14 @@ from typing import Any
 import psutil
 import pytest
 from conftest import Checkout
-from slurm_cluster import SlurmCluster, wait_until
+from slurm_cluster import ON_SLURM, SlurmCluster, wait_until
 
 pytest_plugins = "slurm_cluster"
+pytestmark = ON_SLURM
 
 STEPS = 240
 INTERVAL = 20  # steps between two checkpoints
-PATIENCE_S = 240  # two cores may have other work to do
+PATIENCE_S = 600  # two cores may have other work to do
 RUN = Path("runs/train_classifier/poolformer_s12-0")
 COMMAND = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12", "0"]
 REPRO = ("dvc", "repro", "-s", "train_classifier@poolformer_s12-0")
@@ -57,6 +59,7 @@ class Training:
         self.compose(STEPS)
         self.folder = folder / RUN
         self.outputs: list[Path] = []
+        self.started: list[subprocess.Popen[bytes]] = []
         self.forgotten: set[str] = set()  # jobs of runs before
 
     def compose(self, steps: int) -> None:
@@ -67,13 +70,15 @@ class Training:
         """A stage, or another command, in the background; its output goes to a file."""
         self.outputs.append(self.checkout.folder / f"output-{len(self.outputs)}.txt")
         with self.outputs[-1].open("w") as stream:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command or COMMAND,
                 cwd=self.checkout.folder,
                 env=self.checkout.environment,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
+        self.started.append(process)
+        return process
 
     def finish(self, stage: subprocess.Popen[bytes]) -> None:
         assert stage.wait(timeout=PATIENCE_S) == 0, self.outputs[-1].read_text()
@@ -131,36 +136,45 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def training(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+def prepared(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    """The checkout with its data."""
     made = Training(tmp_path_factory.mktemp("faults"), slurm_cluster)
     made.checkout.pipeline("prepare_imagenet")
     made.checkout.pipeline("convert_imagenet")
     yield made
-    slurm_cluster.up()
-    for line in slurm_cluster.run("squeue", "-h", "-o", "%i %Z").splitlines():
-        if line.endswith(str(made.checkout.folder)):
-            slurm_cluster.run("scancel", line.split()[0])
     print("\n" + "\n".join(COSTS))
+
+
+@pytest.fixture
+def training(prepared: Training, nothing_left: None) -> Iterator[Training]:
+    """The same, with no run and no process of the test before, however that ended."""
+    prepared.compose(STEPS)
+    forget(prepared)
+    yield prepared
+    for process in prepared.started:
+        process.kill()
+        process.wait()
+    prepared.started.clear()
 
 
 COSTS: list[str] = []
 
 
 @pytest.fixture(scope="module")
-def undisturbed(training: Training) -> bytes:
+def undisturbed(prepared: Training) -> bytes:
     """The weights file of a run to which nothing happened."""
-    training.finish(training.start())
-    assert training.resumes() == []
-    weights = training.weights()
-    forget(training)
-    return weights
+    prepared.compose(STEPS)
+    forget(prepared)
+    prepared.finish(prepared.start())
+    assert prepared.resumes() == []
+    return prepared.weights()
 
 
 def forget(training: Training) -> None:
     """The next run is the first again."""
-    training.assert_nothing_left()
+    subprocess.run(["umount", "--quiet", "--lazy", training.folder / "checkpoints"], check=False)
     training.forgotten |= training.submitted()
-    subprocess.run(["rm", "-rf", training.folder], check=True)
+    shutil.rmtree(training.folder, ignore_errors=True)
 
 
 def disturb(training: Training, name: str, fault: Callable[[], object]) -> None:
@@ -206,7 +220,7 @@ def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Tra
     training.finish(stage)
     assert training.submitted() == {job}
     assert training.weights() == undisturbed
-    forget(training)
+    training.assert_nothing_left()
 
 
 def test_a_controller_that_is_away_and_a_time_limit_cost_no_step(training: Training) -> None:
@@ -236,8 +250,6 @@ def test_a_controller_that_is_away_and_a_time_limit_cost_no_step(training: Train
     training.checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0")
     assert stage.wait(timeout=PATIENCE_S) == 1
     assert training.submitted() == {job}
-    forget(training)
-    training.compose(STEPS)
 
 
 def test_a_launcher_killed_while_it_submits_leaves_one_job_that_is_found(training: Training) -> None:
@@ -271,8 +283,6 @@ def test_a_launcher_killed_while_it_submits_leaves_one_job_that_is_found(trainin
     assert "Traceback" not in said
     assert training.submitted() == {training.job}
     COSTS.append("a rank that dies three times without progress, no accounting | the stage fails, saying why | -")
-    cluster.up()
-    forget(training)
 
 
 def test_a_full_disk_a_cut_checkpoint_and_a_cancelled_job(training: Training, undisturbed: bytes) -> None:
@@ -313,7 +323,52 @@ def test_a_full_disk_a_cut_checkpoint_and_a_cancelled_job(training: Training, un
     finally:
         subprocess.run(["umount", "--lazy", checkpoints], check=False)
     assert training.weights() == undisturbed
-    forget(training)
+    training.assert_nothing_left()
+
+
+CRASHING = """
+import atexit, os, threading, time
+rank = os.environ.get("SLURM_PROCID")
+if "SLURM_STEP_ID" in os.environ and "submitit" in " ".join(os.sys.orig_argv):
+    atexit.register(os.abort)
+    def abort_when_done():
+        while not os.path.exists("{done}"):
+            time.sleep(0.001)
+        os.abort()
+    if rank in "{ranks}":
+        threading.Thread(target=abort_when_done, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("ranks", ["", "0", "1"])
+def test_a_crash_after_the_result_and_a_requeue_of_a_finished_job_train_nothing_again(
+    training: Training, ranks: str
+) -> None:
+    """Every rank would abort at the interpreter's exit; one of them, in another thread, as soon as the run is done."""
+    crash = training.checkout.folder / f"crash{ranks}/sitecustomize.py"
+    crash.parent.mkdir(exist_ok=True)
+    crash.write_text(CRASHING.format(done=training.folder / "done", ranks=ranks or "none"))
+    profile = PROFILE + f"  PYTHONPATH: {crash.parent}\n"
+    (training.checkout.folder / "slurm/faults.yaml").write_text(profile)
+    training.compose(INTERVAL)
+    try:
+        training.finish(training.start())
+        job, weights = training.job, training.weights()
+        ended = "COMPLETED"
+        wait_until(lambda: training.cluster.state(job) == ended, "the job's good end", PATIENCE_S)
+        requeued = training.log().count("== attempt")
+        assert requeued == 1, training.log()
+        if not ranks:
+            training.cluster.run("scontrol", "requeue", job)
+            wait_until(lambda: "nothing is left to do" in training.log(), "the second attempt", PATIENCE_S)
+            wait_until(lambda: training.cluster.state(job) == ended, "the job's second end", PATIENCE_S)
+    finally:
+        (training.checkout.folder / "slurm/faults.yaml").write_text(PROFILE)
+    assert training.submitted() == {job}
+    assert not (training.folder / "failures.jsonl").exists()
+    assert len((training.folder / "history.jsonl").read_text().splitlines()) == 1
+    assert (training.folder / "out/weights.pt").read_bytes() == weights
+    assert "going on from" not in training.log()
 
 
 def kill_once(process: psutil.Process | None, killed: set[int]) -> bool:

@@ -6,25 +6,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Checkout
+from conftest import DEMO, Checkout
 from PIL import Image
-from slurm_cluster import SlurmCluster
+from slurm_cluster import ON_SLURM, SlurmCluster
 
 pytest_plugins = "slurm_cluster"
-DEMO = (
-    "scale=demo",
-    "classification.train=[poolformer_s12]",
-    "classification.recipe.max_steps=12",
-    "classification.recipe.precision=fp32",
-    "segmentation.recipe.max_steps=6",
-    "segmentation.recipe.precision=fp32",
-    "evaluation.classification.precision=fp32",
-    "evaluation.segmentation.precision=fp32",
-)
+pytestmark = ON_SLURM
 REHEARSAL = (
     "scale=paper",
     "rehearsal=few_steps",
-    "classification.train=[poolformer_s12,poolformer_m48]",
+    "classification.train=[poolformer_s12,poolformer_s24]",
     "classification.recipe.global_batch_size=128",
     "classification.recipe.max_steps=1",
     "segmentation.recipe.global_batch_size=4",
@@ -50,20 +41,25 @@ def jobs(checkout: Checkout) -> dict[str, dict[str, object]]:
     return {f"{file.parent.parent.name}/{file.parent.name}": json.loads(file.read_text()) for file in files}
 
 
-def test_the_demo_has_one_processs_tables_on_two_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    alone, spread = Checkout(tmp_path / "alone"), on_cluster(tmp_path / "spread", 128)
-    for checkout in (alone, spread):
-        checkout.pipeline("compose", *DEMO)
-        checkout.run("dvc", "repro")
+def test_the_demo_has_one_processs_tables_on_two_nodes(
+    slurm_cluster: SlurmCluster, demo_outputs: Path, tmp_path: Path
+) -> None:
+    spread = on_cluster(tmp_path, 128)
+    spread.pipeline("compose", *DEMO)
+    spread.run("dvc", "repro")
     assert {job["kind"] for job in jobs(spread).values()} == {"slurm"}
     cost = json.loads((spread.folder / "results/train_segmenter/poolformer_s12-0.cost.json").read_text())
     assert cost["ranks"] == 2
     for stage in ("train_classifier", "train_segmenter"):
-        one, two = (pd.read_csv(c.folder / f"results/{stage}/poolformer_s12-0.csv") for c in (alone, spread))
+        one, two = (
+            pd.read_csv(folder / f"results/{stage}/poolformer_s12-0.csv") for folder in (demo_outputs, spread.folder)
+        )
         np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-4)
     # A sum over two ranks rounds otherwise; a few pixels and at most a few digits lie on the border.
     for table in ("table2_imagenet", "table4_ade20k"):
-        one, two = (pd.read_csv(c.folder / f"reports/{table}.csv").set_index("model") for c in (alone, spread))
+        one, two = (
+            pd.read_csv(folder / f"reports/{table}.csv").set_index("model") for folder in (demo_outputs, spread.folder)
+        )
         assert list(one.columns) == list(two.columns)
         assert two.loc["poolformer_s12", "measured"] == pytest.approx(one.loc["poolformer_s12", "measured"], abs=1.0)
         assert two["verdict"].tolist() == one["verdict"].tolist()
@@ -105,7 +101,7 @@ def test_the_papers_tier_is_rehearsed_from_compose_to_the_tables(slurm_cluster: 
     checkout.run("dvc", "repro")
     for table in ("table2_imagenet", "table4_ade20k"):
         rows = pd.read_csv(checkout.folder / f"reports/{table}.csv").set_index("model")
-        for variant in ("poolformer_s12", "poolformer_m48"):
+        for variant in ("poolformer_s12", "poolformer_s24"):
             assert 0 <= rows.loc[variant, "measured"] <= 100
             assert rows.loc[variant, "seeds"] == 1
             verdict = rows.loc[variant, "verdict"]

@@ -12,13 +12,14 @@ from typing import IO
 
 import pytest
 from conftest import Checkout
-from slurm_cluster import SlurmCluster, wait_until
+from slurm_cluster import ON_SLURM, SlurmCluster, wait_until
 
 from pipeline import paths
 from pipeline.launch import slurm
 from pipeline.launch.record import Job
 
 pytest_plugins = "slurm_cluster"
+pytestmark = ON_SLURM
 
 COUNTING = """#!/bin/sh
 date +%s.%N >> "$QUERIES"
@@ -69,7 +70,7 @@ def started(
     finally:
         for job in queued(cluster, checkout):
             cluster.run("scancel", job)
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         wait_until(lambda: not queued(cluster, checkout), "an empty queue")
 
 
@@ -87,7 +88,7 @@ def look_at_all_that_is_queued(slurm_cluster: SlurmCluster, checkout: Checkout, 
     while "Running stage 'train_classifier" not in repro.stdout.readline():
         assert repro.poll() is None
     begun = time.monotonic()
-    wait_until(lambda: len(queued(slurm_cluster, checkout)) == 4, "four jobs", 60)
+    wait_until(lambda: len(queued(slurm_cluster, checkout)) == 4, "four jobs")
     print(f"\nfrom the first training's stage to four jobs in the queue: {time.monotonic() - begun:.1f} s")
     names = queued(slurm_cluster, checkout, "%j", "%E")
     array = {job: name for job, (name, _) in names.items() if name == "train_classifier"}
@@ -130,13 +131,13 @@ def look_at_all_that_is_queued(slurm_cluster: SlurmCluster, checkout: Checkout, 
     assert ended.count("ended job") == 2
     wait_until(lambda: not queued(slurm_cluster, checkout), "the dependent jobs' end")
     for other in others:
-        assert other.wait(timeout=60) == 1
+        assert other.wait(timeout=600) == 1
 
 
 def test_one_target_queues_only_what_it_needs(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
     checkout = checkout_on_slurm
     with started(slurm_cluster, checkout, "dvc", "repro", "evaluate_segmenter@poolformer_s12-0"):
-        wait_until(lambda: len(queued(slurm_cluster, checkout)) >= 2, "two jobs", 60)
+        wait_until(lambda: len(queued(slurm_cluster, checkout)) >= 2, "two jobs")
         time.sleep(2)
         names = {name for (name,) in queued(slurm_cluster, checkout, "%j").values()}
         assert names == {"train_classifier-poolformer_s12-0", "train_segmenter-poolformer_s12-0"}
@@ -153,7 +154,7 @@ def test_a_command_by_itself_queues_itself(slurm_cluster: SlurmCluster, checkout
             assert stage.poll() is None
         assert len(queued(slurm_cluster, checkout)) == 2  # itself, and the occupying job
         stage.send_signal(signal.SIGINT)
-        assert stage.wait(timeout=30) == 1
+        assert stage.wait(timeout=600) == 1
         assert len(queued(slurm_cluster, checkout)) == 2  # Ctrl-C asks nothing of the job
         assert occupying in queued(slurm_cluster, checkout)
 

@@ -265,6 +265,7 @@ def test_a_full_disk_is_one_clear_error(photos: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_no_beton_and_can_be_run_again(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", per_class=100)
     beton = tmp_path / "out" / "x.beton"

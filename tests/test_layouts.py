@@ -28,6 +28,8 @@ from pipeline.errors import UserError
 from pipeline.tasks import segmenter_training
 from pipeline.train import history
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = "rank_pool"
 RECIPES = {"classification": CLASSIFICATION, "segmentation": SEGMENTATION}
 Rows = list[list[tuple[int, str]]]

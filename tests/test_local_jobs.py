@@ -27,6 +27,7 @@ COMMAND = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12
 TWO_RANKS = "kind: local\ngpus_per_node: 0\nranks_per_node: 2\ncpus_per_task: 1\ncheckpoint_interval_s: 600\n"
 
 
+@pytest.mark.slow
 def test_two_ranks_share_a_training_and_stop_together_on_sigterm(checkout: Checkout) -> None:
     """SIGTERM to the job's controller, as at a machine's shutdown; the next run goes on from that very step."""
     (checkout.folder / "slurm/two.yaml").write_text(TWO_RANKS)
@@ -39,12 +40,12 @@ def test_two_ranks_share_a_training_and_stop_together_on_sigterm(checkout: Check
         stage = subprocess.Popen(
             COMMAND, cwd=checkout.folder, env=checkout.environment, stdout=stream, stderr=subprocess.STDOUT
         )
-    wait_until(lambda: log.exists() and " step 20/60" in log.read_text(), "the first steps", 240)
+    wait_until(lambda: log.exists() and " step 20/60" in log.read_text(), "the first steps")
     controller = psutil.Process(int(json.loads((checkout.folder / RUN / "job.json").read_text())["job_id"]))
     ranks = [process for process in controller.children() if "submitit.core._submit" in process.cmdline()]
     assert len(ranks) == 2
     controller.terminate()
-    assert stage.wait(timeout=120) == 1
+    assert stage.wait(timeout=600) == 1
     assert "stopped by a signal" in output.read_text()
     assert not any(rank.is_running() for rank in ranks)
     (checkpoint,) = (checkout.folder / RUN / "checkpoints").glob("*.pt")
@@ -58,6 +59,7 @@ def test_two_ranks_share_a_training_and_stop_together_on_sigterm(checkout: Check
     )
 
 
+@pytest.mark.slow
 def test_a_local_launcher_killed_before_it_noted_its_job_is_followed(checkout: Checkout) -> None:
     """The record of the job's start is taken back to what it was before: the next run finds the process."""
     checkout.environment["PIPELINE_CLUSTER"] = "slurm/local.yaml"
@@ -66,11 +68,11 @@ def test_a_local_launcher_killed_before_it_noted_its_job_is_followed(checkout: C
     checkout.pipeline("convert_imagenet")
     record_file = checkout.folder / RUN / "job.json"
     first = subprocess.Popen(COMMAND, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.DEVNULL)
-    wait_until(lambda: record_file.exists() and json.loads(record_file.read_text())["job_id"], "the submission", 60)
+    wait_until(lambda: record_file.exists() and json.loads(record_file.read_text())["job_id"], "the submission")
     first.kill()
     first.wait()
     job = json.loads(record_file.read_text())
-    wait_until(lambda: (checkout.folder / RUN / "log.txt").exists(), "the job's start", 60)
+    wait_until(lambda: (checkout.folder / RUN / "log.txt").exists(), "the job's start")
     record_file.write_text(json.dumps({**job, "job_id": None, "created": None}))
     second = subprocess.Popen(
         COMMAND, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -78,7 +80,7 @@ def test_a_local_launcher_killed_before_it_noted_its_job_is_followed(checkout: C
     assert second.stdout is not None
     assert f"attached to local job {job['job_id']}" in second.stdout.readline()
     checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0")
-    second.communicate(timeout=120)
+    second.communicate(timeout=600)
     assert second.returncode == 1
     assert not psutil.pid_exists(int(job["job_id"])) or (
         psutil.Process(int(job["job_id"])).status() == psutil.STATUS_ZOMBIE

@@ -27,6 +27,8 @@ from PIL import Image
 from pipeline.data import convert_image_folder, pixels, train_loader
 from pipeline.tasks.device_batch import Mixing, erase, mix, normalise
 
+pytestmark = pytest.mark.slow
+
 SOAK_S = float(os.environ.get("SOAK_S", "0"))
 PLAIN_ADD = "*(volatile int64_t *)&batch->next; *(volatile int64_t *)&batch->next = i + 1"
 SANITIZERS = {

@@ -12,6 +12,8 @@ from conftest import Checkout
 from PIL import Image
 from released_format import authors_state, mmseg_state
 
+pytestmark = pytest.mark.slow
+
 CLASSES, SCENES = 1000, 2
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from pipeline import world as ranks
 from pipeline.train.sync_batch_norm import synchronise_batch_norms
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = "rank_pool"
 ROWS = 8
 Result = dict[str, Tensor]

@@ -27,6 +27,8 @@ from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
 from pipeline.train import history
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,6 +23,8 @@ from pipeline.stages._sync import mirror_of, sync
 from pipeline.tracking.models import register
 from pipeline.tracking.server import Server
 
+pytestmark = pytest.mark.slow
+
 EMPTY = pd.DataFrame()
 SEEDS = {
     "poolformer_s12": [77.1, 77.2, 77.36],
@@ -223,20 +225,19 @@ def test_models_are_registered_once_and_load_and_the_best_seed_has_the_alias(cli
     assert len(client.search_model_versions(f"name = '{name}'")) == 3
 
 
-@pytest.mark.slow
-def test_five_hundred_runs_are_mirrored_and_compared(client: Any) -> None:  # noqa: F811
+def test_a_hundred_runs_are_mirrored_and_compared(client: Any) -> None:  # noqa: F811
     frame = evaluated(
-        classifier_runs({variant: [80.0 + seed / 1000 for seed in range(100)] for variant in VARIANT_NAMES})
+        classifier_runs({variant: [80.0 + seed / 1000 for seed in range(20)] for variant in VARIANT_NAMES})
     )
     compare(frame)
     experiment = client.get_experiment_by_name("Table 2: ImageNet-1K classification")
     shown = client.search_runs([experiment.experiment_id], "tags.in_table = 'yes'", max_results=1000)
-    assert len(shown) == 500
+    assert len(shown) == 100
     digest = hashlib.sha256(Path("mlflow.db").read_bytes()).hexdigest()
     for _, row in frame.iterrows():
         folder = paths.run("train_classifier", f"{row['variant']}-{row['seed']}")
         assert mirror_of(Server(), folder).is_settled
     assert hashlib.sha256(Path("mlflow.db").read_bytes()).hexdigest() == digest
-    one = client.search_runs([experiment.experiment_id], "tags.variant = 'poolformer_m48' and tags.seed = '99'")[0]
-    assert one.data.metrics["measured"] == pytest.approx(80.099)
+    one = client.search_runs([experiment.experiment_id], "tags.variant = 'poolformer_m48' and tags.seed = '19'")[0]
+    assert one.data.metrics["measured"] == pytest.approx(80.019)
     assert history_of(client, one.info.run_id, "loss") == [(1, 7.0), (2, 3.5), (3, 7 / 3)]

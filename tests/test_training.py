@@ -149,6 +149,7 @@ class BlockTask(ToyTask):
         self.model = nn.Sequential(nn.Conv2d(3, 64, 3), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8))
 
 
+@pytest.mark.slow
 def test_compiled_training_differs_by_rounding_alone_and_resumes_exactly(tmp_path: Path) -> None:
     eager = run(BlockTask(), tmp_path / "eager", stop_after=15)
     task = BlockTask()
