@@ -21,7 +21,7 @@ APT_TRACKING := postgresql chromium texlive-latex-recommended
 .PHONY: help setup demo test check soak fresh-machine bench dashboard apt-build apt-test
 
 LINT := ruff check .; ruff format --check .; mypy; lint-imports
-SIDE_BY_SIDE := --numprocesses 2 --dist loadgroup
+SIDE_BY_SIDE := --numprocesses 2 --dist loadscope
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

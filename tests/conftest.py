@@ -10,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 Run = Callable[..., subprocess.CompletedProcess[str]]
+ON_SLURM = ("test_cluster_faults", "test_cluster_graph", "test_cluster_jobs", "test_dev_cluster")
 LONGEST_FIRST = ("slurm", "test_graph", "test_benchmarks", "test_released_tier", "test_layouts", "test_native")
 DEMO = (
     "scale=demo",
@@ -31,19 +34,28 @@ DEMO = (
 """The demo, shortened to one variant and a few steps, in float32 so that one process and two ranks can be compared."""
 
 
-@pytest.hookimpl(tryfirst=True)
+def _group(test: str) -> str:
+    """Which tests run on one worker: those of a module, and all those on Slurm."""
+    module = Path(test.partition("::")[0]).stem
+    return "slurm" if module in ON_SLURM else module
+
+
+class _Scheduling(LoadScopeScheduling):
+    """xdist's scheduling by module; its own groups by mark (loadgroup) are not heeded with pytest 9."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    """Side by side, tests are scheduled by group."""
+    return _Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests by module, or on Slurm, and begin with the groups that take longest."""
-
-    def group(item: pytest.Item) -> str:
-        marker = item.get_closest_marker("xdist_group")
-        return str(marker.args[0]) if marker else item.path.stem
-
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group(item)))
+    """Begin with the groups that take longest."""
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(group(item), len(order)))
+    items.sort(key=lambda item: order.get(_group(item.nodeid), len(order)))
 
 
 def skip(reason: str) -> None:

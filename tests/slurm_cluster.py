@@ -16,7 +16,7 @@ from conftest import skip
 
 DEV_CLUSTER = Path(__file__).parent.parent / "slurm/dev_cluster"
 STATE = Path("/run/slurm_dev")
-ON_SLURM = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.usefixtures("nothing_left")]
+ON_SLURM = [pytest.mark.slow, pytest.mark.usefixtures("nothing_left")]
 """The marks of a module whose tests use the cluster."""
 CANNOT_RUN_HERE = 2  # dev_cluster's exit status where the user has to do something first
 
