@@ -10,6 +10,7 @@ import logging
 import sys
 
 STAGES = {
+    "code": (),
     "prepare_imagenet": (),
     "prepare_ade20k": (),
     "convert_imagenet": (),
@@ -44,6 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     cancel = commands.add_parser("cancel", help="end the jobs of one or more runs; their checkpoints stay")
     cancel.add_argument("stage", choices=[stage for stage, arguments in STAGES.items() if "seed" in arguments])
     cancel.add_argument("name", nargs="+", help="as poolformer_s12-0")
+    for word, text in (
+        ("why", "what differs between a run and the one that would be made now"),
+        ("adopt", "state that a run is the result of what is here now, too"),
+    ):
+        command = commands.add_parser(word, help=text)
+        command.add_argument("stage", choices=[stage for stage, arguments in STAGES.items() if "seed" in arguments])
+        command.add_argument("name", nargs="+", metavar="variant seed", help="as poolformer_s12 0, or poolformer_s12-0")
+        if word == "adopt":
+            command.add_argument("--because", required=True, help="why the result is the same; the report says so")
+    clean = commands.add_parser("clean", help="list runs put aside and unused copies of code, ask, delete")
+    clean.add_argument("--yes", action="store_true", help="do not ask")
     commands.add_parser("sync", help="send MLflow what it lacks of runs/")
     views = commands.add_parser("views", help="addresses of the tables in MLflow's dashboard")
     views.add_argument("dashboard", help="as http://127.0.0.1:5000")
@@ -98,6 +110,8 @@ def _run(options: argparse.Namespace) -> int:
         for name in options.name:
             print(f"ended job {cancel(options.stage, name)} of {name}; `dvc repro` goes on from its last checkpoint")
         return 0
+    if options.command in ("why", "adopt", "clean"):
+        return _keep_up(options)
     if options.command == "sync":
         from pipeline.stages._sync import sync
         from pipeline.tracking.server import Server
@@ -119,6 +133,11 @@ def _run(options: argparse.Namespace) -> int:
         print_tables(paths.REPORTS, Console())
         return 0
 
+    if options.command == "code":  # needs no parameters
+        from pipeline.stages import code
+
+        code.run()
+        return 0
     from pipeline.config import check_variant, load_params
 
     if "variant" in options:
@@ -126,6 +145,21 @@ def _run(options: argparse.Namespace) -> int:
     params = load_params(paths.PARAMS)
     stage = importlib.import_module(f"pipeline.stages.{options.command}")
     stage.run(params, *(getattr(options, name) for name in STAGES[options.command]))
+    return 0
+
+
+def _keep_up(options: argparse.Namespace) -> int:
+    from pipeline import paths, upkeep
+    from pipeline.config import check_variant, load_params
+    from pipeline.errors import UserError
+
+    if options.command == "clean":
+        return upkeep.clean(yes=options.yes)
+    variant, _, seed = "-".join(options.name).rpartition("-")
+    if not seed.isdigit():
+        raise UserError(f"{' '.join(options.name)} is no variant and seed, as poolformer_s12 0")
+    run = (load_params(paths.PARAMS), options.stage, check_variant(variant), int(seed))
+    print(upkeep.why(*run) if options.command == "why" else upkeep.adopt(*run, options.because))
     return 0
 
 

@@ -17,6 +17,16 @@ MODELS = Path("models")
 DEFAULT_CLUSTER = Path("slurm/local.yaml")
 
 
+def code(stage: str) -> Path:
+    """The code that a stage's result depends on: a digest of each definition, and one of all."""
+    return Path("data/code") / f"{stage}.json"
+
+
+def variant(name: str) -> Path:
+    """What tells a variant from the others."""
+    return Path("data/code/variants") / f"{name}.json"
+
+
 def listing(dataset: str, split: str) -> Path:
     """The checked list of one split's files, output of its prepare stage."""
     return LISTINGS / dataset / f"{split}.csv"
@@ -98,10 +108,15 @@ def written_atomically(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_directory(folder: Path) -> None:
+    """Have a rename in `folder` survive a power cut."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

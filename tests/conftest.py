@@ -72,7 +72,7 @@ class Checkout:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("pipeline", "experiments", "slurm", "released"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
+        for name in ("dvc.yaml", "params.yaml", ".dvcignore", "pyproject.toml"):
             shutil.copy(ROOT / name, folder / name)
         (folder / ".dvc").mkdir()
         config = (ROOT / ".dvc/config").read_text()

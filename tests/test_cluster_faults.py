@@ -139,8 +139,8 @@ class Training:
 def prepared(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
     """The checkout with its data."""
     made = Training(tmp_path_factory.mktemp("faults"), slurm_cluster)
-    made.checkout.pipeline("prepare_imagenet")
-    made.checkout.pipeline("convert_imagenet")
+    for stage in ("code", "prepare_imagenet", "convert_imagenet"):
+        made.checkout.pipeline(stage)
     yield made
     print("\n" + "\n".join(COSTS))
 
@@ -297,7 +297,7 @@ def test_a_full_disk_a_cut_checkpoint_and_a_cancelled_job(training: Training, un
         said = training.outputs[-1].read_text()
         assert "No space left on device" in said
         assert "free some space" in said
-        assert [path.name for path in checkpoints.glob("*.pt")] == [f"step-{INTERVAL}.pt"]
+        assert [path.name.split("-")[1] for path in checkpoints.glob("*.pt")] == [str(INTERVAL)]
         assert training.submitted() == {training.job}
 
         subprocess.run(["mount", "-o", "remount,size=1g", checkpoints], check=True)
@@ -312,13 +312,13 @@ def test_a_full_disk_a_cut_checkpoint_and_a_cancelled_job(training: Training, un
         assert stage.wait(timeout=PATIENCE_S) == 1
         assert "was cancelled" in training.outputs[-1].read_text()
         training.assert_nothing_left()
-        before, newest = sorted(int(path.stem.removeprefix("step-")) for path in checkpoints.glob("*.pt"))
-        os.truncate(checkpoints / f"step-{newest}.pt", 1_000_000)
+        (before, _), (newest, cut) = sorted((int(path.name.split("-")[1]), path) for path in checkpoints.glob("*.pt"))
+        os.truncate(cut, 1_000_000)
         started = time.monotonic()
         stage = training.start()
         wait_until(lambda: training.resumes() == [before], "going on from the checkpoint before", PATIENCE_S)
         COSTS.append(f"checkpoint of step {newest} cut short | from {before} | {time.monotonic() - started:.0f} s")
-        assert f"step-{newest}.pt is damaged" in training.log()
+        assert f"{cut.name} is damaged" in training.log()
         training.finish(stage)
     finally:
         subprocess.run(["umount", "--lazy", checkpoints], check=False)
@@ -369,6 +369,49 @@ def test_a_crash_after_the_result_and_a_requeue_of_a_finished_job_train_nothing_
     assert len((training.folder / "history.jsonl").read_text().splitlines()) == 1
     assert (training.folder / "out/weights.pt").read_bytes() == weights
     assert "going on from" not in training.log()
+
+
+BROKEN = "\n\ndef cosine_by_epoch(*_, **__):\n    return 0.0\n"
+
+
+def test_a_job_runs_the_code_it_was_queued_with_and_a_duplicate_touches_nothing(
+    training: Training, undisturbed: bytes
+) -> None:
+    """The learning-rate rule is broken while the job is pending, and again between two attempts."""
+    cluster, schedule = training.cluster, training.checkout.folder / "pipeline/train/schedule.py"
+    original = schedule.read_text()
+    occupying = cluster.submit(training.checkout.folder, "sleep 600", "--nodes=2", "--exclusive", "-p", "priority")
+    stage = training.start()
+    wait_until(lambda: (training.folder / "log.txt").is_symlink(), "the submission", PATIENCE_S)
+    job = training.job
+    try:
+        schedule.write_text(original + BROKEN)
+        cluster.run("scancel", occupying)
+        wait_until(lambda: training.step() >= INTERVAL, "the first steps", PATIENCE_S)
+        refused = training.checkout.pipeline("convert_imagenet", check=False)
+        assert refused.returncode == 1
+        assert f"cannot be converted anew while jobs read it (job {job} of train_classifier" in refused.stderr
+        (script,) = (training.folder / "jobs").glob("*submission*.sh")
+        duplicate = cluster.run("sbatch", "--parsable", str(script))
+        schedule.write_text(original + BROKEN.replace("0.0", "1e3"))
+        cluster.run("scancel", "--signal=USR2", job)
+        wait_until(lambda: training.resumes(), "the second attempt", PATIENCE_S)
+        training.finish(stage)
+        assert training.weights() == undisturbed
+        said = training.checkout.pipeline("why", "train_classifier", "poolformer_s12", "0").stdout
+        assert "is done; one made now would differ in" in said
+        assert "code: pipeline.train.schedule:cosine_by_epoch changed" in said
+    finally:
+        schedule.write_text(original)
+    wait_until(lambda: cluster.state(duplicate) in ("FAILED", "COMPLETED"), "the duplicate's end", PATIENCE_S)
+    training.checkout.pipeline("train_classifier", "poolformer_s12", "0")  # collects what is there
+    assert training.weights() == undisturbed
+    assert training.submitted() == {job, duplicate}
+    assert training.log().count("== attempt") == 2
+    assert "nothing that its result depends on has changed" in (
+        training.checkout.pipeline("why", "train_classifier", "poolformer_s12", "0").stdout
+    )
+    training.assert_nothing_left()
 
 
 def kill_once(process: psutil.Process | None, killed: set[int]) -> bool:

@@ -73,14 +73,68 @@ def test_one_target_runs_by_its_name(finished: Checkout) -> None:
     assert "train_classifier@poolformer_s12-0' didn't change" in output
 
 
-def test_a_change_of_the_report_retrains_nothing(finished: Checkout) -> None:
-    file = finished.folder / "pipeline/report/tables.py"
-    before = file.read_text()
-    file.write_text(before + "\n# changed\n")
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stages"),
+    [
+        ("train/loop.py", "import logging", "import logging  # a comment", set()),
+        ("report/formats.py", '"Top-1, %"', '"Accuracy, %"', {"compare_with_paper"}),
+        (
+            "config.py",
+            "return self.learning_rate_per_1024 * self.global_batch_size / 1024",
+            "return 4 * self.learning_rate_per_1024 * self.global_batch_size / 1024",
+            {"train_classifier@poolformer_s12-0", "compare_with_paper"},
+        ),
+    ],
+    ids=["a comment", "a column's heading", "the learning rate"],
+)
+def test_a_change_of_code_makes_stale_what_it_can_change(
+    finished: Checkout, file: str, old: str, new: str, stages: set[str]
+) -> None:
+    path = finished.folder / "pipeline" / file
+    before = path.read_text()
+    assert before.count(old) >= 1
+    path.write_text(before.replace(old, new))
     try:
-        assert stale(finished) == {"compare_with_paper"}
+        assert stale(finished) == {"code"}
+        finished.run("dvc", "repro", "code")
+        assert stale(finished) == stages
     finally:
-        file.write_text(before)
+        path.write_text(before)
+        finished.run("dvc", "repro", "code")
+    assert stale(finished) == set()
+
+
+def test_an_equivalent_change_is_adopted_and_the_report_says_so(finished: Checkout) -> None:
+    """The training is not run again; the evaluation's input is the same, so it is not either."""
+    path = finished.folder / "pipeline/train/schedule.py"
+    before, params = path.read_text(), (finished.folder / "params.yaml").read_text()
+    run = ("train_classifier", "poolformer_s12", "0")
+    log = finished.folder / "runs/train_classifier/poolformer_s12-0/log.txt"
+    trained = log.resolve()
+    refused = finished.pipeline("adopt", *run, "--because", "nothing differs", check=False)
+    assert "is up to date" in refused.stderr
+    try:
+        path.write_text(before + "\n\ndef _half(x):\n    return x / 2\n")
+        text = path.read_text()
+        path.write_text(text.replace("math.pi", "2 * _half(math.pi)", 1))
+        finished.run("dvc", "repro", "code")
+        assert "pipeline.train.schedule:_half now used" in finished.pipeline("why", *run).stdout
+        adopted = finished.pipeline("adopt", *run, "--because", "halving twice is the identity").stdout
+        assert "cosine_by_epoch changed" in adopted
+        segmenter = ("train_segmenter", "poolformer_s12", "0")
+        assert "the run that it starts from" in finished.pipeline("why", *segmenter).stdout
+        finished.pipeline("adopt", *segmenter, "--because", "its classifier is the same")
+        finished.run("dvc", "repro")
+        assert log.resolve() == trained
+        assert "halving twice is the identity" in (finished.folder / "reports/index.html").read_text()
+        assert "adopted on" in finished.pipeline("why", *run).stdout
+    finally:
+        path.write_text(before)
+        (finished.folder / "params.yaml").write_text(params)
+        finished.run("dvc", "repro", "code")
+        for stage in ("train_classifier", "train_segmenter"):
+            finished.pipeline("adopt", stage, *run[1:], "--because", "the change was taken back")
+        finished.run("dvc", "repro")
     assert stale(finished) == set()
 
 
@@ -221,7 +275,7 @@ def _mlflow_status(checkout: Checkout, folder: Path) -> str:
 def _kill_worker_after_checkpoint(folder: Path) -> int:
     """Wait for the first checkpoint, then kill -9 every process of the job; returns the controller's id."""
     deadline = time.monotonic() + PATIENCE_S
-    while not list((folder / "checkpoints").glob("step-*.sha256")):
+    while not list((folder / "checkpoints").glob("step-*.pt")):
         assert time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.02)
     job = int(json.loads((folder / "job.json").read_text())["job_id"])

@@ -50,7 +50,7 @@ def test_two_ranks_share_a_training_and_stop_together_on_sigterm(checkout: Check
     assert not any(rank.is_running() for rank in ranks)
     (checkpoint,) = (checkout.folder / RUN / "checkpoints").glob("*.pt")
     stopped = re.findall(r" step (\d+)/60", log.read_text())[-1]
-    assert checkpoint.name == f"step-{stopped}.pt"
+    assert checkpoint.name.startswith(f"step-{stopped}-")
 
     checkout.pipeline("train_classifier", "poolformer_s12", "0")
     assert f"going on from step {stopped} of 60" in log.read_text()
@@ -141,7 +141,7 @@ def test_failures_are_counted_only_while_no_checkpoint_is_new(run_folder: Path) 
     log = run_folder / "jobs/7_0_log.out"
     going_on = []
     for restart, step in enumerate([0, 0, 20, 20, 40, 40, 40]):
-        (run_folder / f"checkpoints/step-{step}.sha256").touch()
+        (run_folder / f"checkpoints/step-{step}-0123456789abcdef.pt").touch()
         going_on.append(attempts.fail(run_folder, Attempt("7", restart), log))
     assert going_on == [True, True, True, True, True, True, False]
     job = Job("slurm", "t", str(run_folder / "jobs"), {}, 0.0, job_id="7")

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -43,11 +44,17 @@ def params(**changes: Any) -> Params:
 def compare(classification: pd.DataFrame, segmentation: pd.DataFrame = EMPTY) -> None:
     """What `compare_with_paper` does, on runs that were evaluated already."""
     report(paths.REPORTS, classification=classification, segmentation=segmentation, recipe_differences={})
-    log_comparison(
-        params(),
-        trained={"classifier": classification, "segmenter": segmentation},
-        released={"classifier": EMPTY, "segmenter": EMPTY},
-    )
+    # These folders come from no training, so the run that these parameters ask for is the one in its place.
+    with patch("pipeline.stages._comparison.training_of", in_its_place):
+        log_comparison(
+            params(),
+            trained={"classifier": classification, "segmenter": segmentation},
+            released={"classifier": EMPTY, "segmenter": EMPTY},
+        )
+
+
+def in_its_place(_: Params, kind: str, variant: str, seed: int) -> Path:
+    return paths.run(f"train_{kind}", f"{variant}-{seed}")
 
 
 def evaluated(frame: pd.DataFrame, kind: Any = "classifier") -> pd.DataFrame:
@@ -223,6 +230,34 @@ def test_models_are_registered_once_and_load_and_the_best_seed_has_the_alias(cli
     (folder / "mlflow.json").write_text(json.dumps(everywhere))
     assert register(Server(), folder)
     assert len(client.search_model_versions(f"name = '{name}'")) == 3
+
+
+def test_an_earlier_comparison_writes_nothing_onto_a_run_that_it_did_not_measure(client: Any) -> None:  # noqa: F811
+    """The learning rate is changed: another run takes the folder, another comparison the table; then any `sync`."""
+    folder = paths.run("train_classifier", "poolformer_s12-0")
+    measured = {}
+    for name, top1, scale in (("A", 77.1, {}), ("B", 74.0, {"not_comparable_because": "another learning rate"})):
+        frame = evaluated(classifier_runs({"poolformer_s12": [top1]}))
+        report(paths.REPORTS, classification=frame, segmentation=EMPTY, recipe_differences={})
+        with patch("pipeline.stages._comparison.training_of", in_its_place):
+            log_comparison(
+                params(**scale),
+                trained={"classifier": frame, "segmenter": EMPTY},
+                released={"classifier": EMPTY, "segmenter": EMPTY},
+            )
+        measured[mirror_of(Server(), folder).run_id] = top1
+        if name == "A":
+            folder.rename(folder.with_name(f"{folder.name}.aaaaaaaaaaaa"))
+    assert len(measured) == 2
+    for file in paths.RUNS.glob("compare_with_paper/*/mlflow.json"):  # as if no server had had any of it
+        state = {key: {**value, "logged": None} for key, value in json.loads(file.read_text()).items()}
+        file.write_text(json.dumps(state))
+    assert sync(Server()) == 0
+    for run_id, top1 in measured.items():
+        history = client.get_metric_history(run_id, "measured")
+        assert {metric.value for metric in history} == {pytest.approx(top1)}
+    shown = {run_id: client.get_run(run_id).data.tags["in_table"] for run_id in measured}
+    assert list(shown.values()) == ["no", "yes"]
 
 
 def test_a_hundred_runs_are_mirrored_and_compared(client: Any) -> None:  # noqa: F811

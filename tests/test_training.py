@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_costs_one_interval(tmp_path: Path) -> None:
     whole = run(ToyTask(), tmp_path / "whole")
     folder = tmp_path / "damaged"
     run(ToyTask(), folder, stop_after=41)
-    newest = folder / "checkpoints/step-41.pt"
+    (newest,) = (folder / "checkpoints").glob("step-41-*.pt")
     newest.write_bytes(newest.read_bytes()[:-1000])
     state = checkpoint.load_newest(folder / "checkpoints")
     assert state is not None
@@ -243,7 +243,50 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, 2, {"model": {}})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1.pt", "step-1.sha256"]
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("step-1-")
+
+
+def damage(folder: Path, step: int) -> None:
+    """Change one byte in the middle of a checkpoint."""
+    (path,) = folder.glob(f"step-{step}-*.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def steps_kept(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("step-*.pt"))
+
+
+def test_the_two_newest_whole_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (20, 40, 60):
+        checkpoint.save(tmp_path, step, {"value": torch.tensor(step)})
+    assert steps_kept(tmp_path) == [40, 60]
+    damage(tmp_path, 60)
+    checkpoint.save(tmp_path, 80, {"value": torch.tensor(80)})
+    assert {40, 80} <= set(steps_kept(tmp_path)), "60 is no whole one"
+    damage(tmp_path, 80)
+    state = checkpoint.load_newest(tmp_path)
+    assert state is not None
+    assert state["step"] == 40
+
+
+def test_no_whole_checkpoint_is_an_error_and_no_start_at_step_0(tmp_path: Path) -> None:
+    run(ToyTask(), tmp_path, stop_after=25)
+    for path in (tmp_path / "checkpoints").glob("step-*.pt"):
+        damage(tmp_path / "checkpoints", int(path.name.split("-")[1]))
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        run(ToyTask(), tmp_path)
+    assert len(history.read(tmp_path / "history.jsonl")) > 0
+
+
+def test_a_half_written_checkpoint_is_none_and_goes_at_the_next_start(tmp_path: Path) -> None:
+    run(ToyTask(), tmp_path, stop_after=25)
+    unfinished = tmp_path / "checkpoints/.step-40.4711"
+    unfinished.write_bytes(b"PK")
+    run(ToyTask(), tmp_path, stop_after=5)
+    assert not unfinished.exists()
 
 
 def test_counted_masks_do_not_depend_on_ranks() -> None:

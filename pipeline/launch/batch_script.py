@@ -15,8 +15,12 @@ from pipeline.launch.worker import Worker
 UNREACHABLE = ("Unable to contact slurm controller", "Connection refused", "Socket timed out", "connect failure")
 
 
-def submit(jobs: Path, token: str, profile: Profile, name: str, number: int, after: str | None) -> list[str]:
+def submit(
+    jobs: Path, token: str, profile: Profile, code: Path, name: str, number: int, after: str | None
+) -> list[str]:
     """Submit one job, or an array of `number`, whose workers find their run folders in `jobs`; the ids in order.
+
+    They run the package in `code`.
 
     Raises:
         UnreachableError: Slurm does not answer; it may have the job nevertheless.
@@ -29,7 +33,7 @@ def submit(jobs: Path, token: str, profile: Profile, name: str, number: int, aft
     with environment(profile.environment):
         try:
             executor = submitit.SlurmExecutor(jobs, python=_python(profile))
-            executor.update_parameters(**_parameters(jobs, token, profile, name, after))
+            executor.update_parameters(**_parameters(jobs, token, profile, code, name, after))
             submitted = executor.submit_array([worker] * number) if number > 1 else [executor.submit(worker)]
         except RuntimeError as error:  # submitit's errors are such
             text = " ".join(str(error).split())
@@ -62,7 +66,7 @@ def resources(profile: Profile) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-def _parameters(jobs: Path, token: str, profile: Profile, name: str, after: str | None) -> dict[str, Any]:
+def _parameters(jobs: Path, token: str, profile: Profile, code: Path, name: str, after: str | None) -> dict[str, Any]:
     """submitit's parameters."""
     asked = resources(profile)
     additional = {"requeue": True, **profile.additional}
@@ -78,13 +82,13 @@ def _parameters(jobs: Path, token: str, profile: Profile, name: str, after: str 
         "array_parallelism": profile.array_parallelism,
         "stderr_to_stdout": True,
         "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append"],
-        "setup": _before(jobs, token, profile),
+        "setup": _before(jobs, token, profile, code),
         "teardown": _afterwards(jobs, profile),
         "additional_parameters": additional,
     }
 
 
-def _before(jobs: Path, token: str, profile: Profile) -> list[str]:
+def _before(jobs: Path, token: str, profile: Profile, code: Path) -> list[str]:
     """Lines of the batch script before srun: the job gets its pickle by itself should its launcher have died."""
     return [
         "trap : TERM  # wait for the ranks, then see below",
@@ -96,6 +100,7 @@ def _before(jobs: Path, token: str, profile: Profile) -> list[str]:
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         *[f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()],
         *profile.setup,
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
     ]
 
 

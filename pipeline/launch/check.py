@@ -127,7 +127,6 @@ def try_job(profile: Profile) -> Iterator[Entry]:
         name="test-job",
         call="pipeline.tasks.test_job:report",
         arguments={"nonce": secrets.token_hex(8)},
-        code=("pipeline/tasks/test_job.py",),
     )
     run_job(work, {"report.json": result}, profile=short)
     ranks = json.loads(result.read_text())

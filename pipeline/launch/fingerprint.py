@@ -1,14 +1,20 @@
-"""What a job's result depends on, as one hash: the call, its arguments, the code, and the data."""
+"""What a job's result depends on: arguments, code and data, as a record that can be compared and as one hash."""
 
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.launch.closure import Closure
+from pipeline.variants import VARIANTS
+
+JOIN = "pipeline.world:join"
+"""What every rank goes through before its call."""
+CODE_ROOT = Path(__file__).parents[2]
+"""Of the package that this process runs: the checkout, or in a job the copy that it was queued with."""
 
 
 @dataclass(frozen=True)
@@ -16,16 +22,16 @@ class Work:
     """One call of `tasks` that runs as a job.
 
     `call` is 'module:function'; the function takes (world, run_folder, profile) and `arguments`, which JSON can hold.
-    `code` are files and packages, `inputs` files, whose contents the result depends on: the stage's DVC dependencies,
-    with a manifest in place of each .beton. `after` is another work that this one starts from. `watching` are further
+    The code that it reaches is part of its identity. `inputs` are files whose contents the result depends on, with a
+    manifest in place of each .beton. `after` is another work that this one starts from. `watching` are further
     arguments, for what is looked at while the job runs: they change no result, and are no part of the fingerprint.
+    An argument `variant` stands for its row of variants.csv.
     """
 
     stage: str
     name: str
     call: str
     arguments: dict[str, Any]
-    code: tuple[str, ...]
     inputs: tuple[Path, ...] = field(default=())
     after: "Upstream | None" = None
     watching: dict[str, Any] = field(default_factory=dict)
@@ -45,36 +51,71 @@ class Upstream:
     argument: str
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What a result depends on. `identity.json` in a run folder, for `python -m pipeline why`."""
+
+    arguments: dict[str, Any]
+    inputs: dict[str, str]
+    """SHA-256 by path."""
+    code: str
+    """Digest of `definitions`."""
+    definitions: dict[str, str]
+    """Digest of each function, class, constant and C source, by 'module:name'."""
+    after: str | None
+    """Fingerprint of the work that this one starts from."""
+
+    @property
+    def fingerprint(self) -> str:
+        content = [self.arguments, self.inputs, self.code, self.after]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def identify(work: Work) -> Identity:
+    """The identity of a work's result, by what lies in this checkout now.
+
+    Raises:
+        UserError: an input is missing.
+    """
+    for path in work.inputs:
+        if not path.exists():
+            raise UserError(f"{work.stage} needs {path}, which is missing: run `dvc repro` to make it")
+    code = code_of(work.call)
+    arguments = dict(work.arguments)
+    if "variant" in arguments:
+        arguments["model"] = asdict(VARIANTS[arguments["variant"]])
+    return Identity(
+        json.loads(json.dumps(arguments)),
+        {str(path): content_digest(path) for path in work.inputs},
+        code.digest,
+        code.definitions,
+        None if work.after is None else fingerprint(work.after.work),
+    )
+
+
 def fingerprint(work: Work) -> str:
     """SHA-256 over everything that `work`'s result depends on.
 
     Raises:
         UserError: an input is missing.
     """
-    digest = hashlib.sha256(json.dumps([work.call, work.arguments], sort_keys=True).encode())
-    for path in _files(work.code):
-        digest.update(str(path).encode() + path.read_bytes())
-    for path in work.inputs:
-        if not path.exists():
-            raise UserError(f"{work.stage} needs {path}, which is missing: run `dvc repro` to make it")
-        there = path.stat()
-        digest.update(str(path).encode() + _contents(path, there.st_mtime_ns, there.st_size))
-    if work.after is not None:
-        digest.update(f"{work.after.argument} {work.after.output} {fingerprint(work.after.work)}".encode())
-    return digest.hexdigest()
+    return identify(work).fingerprint
 
 
 @functools.cache
-def _contents(path: Path, mtime_ns: int, size_bytes: int) -> bytes:
-    """SHA-256 of a file, once for each of its versions: ImageNet's manifest is some 100 MB."""
+def code_of(call: str) -> Closure:
+    """The code of a job that runs `call`, as this process's package has it."""
+    return Closure((call, JOIN), CODE_ROOT)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    there = path.stat()
+    return _content_digest(path, there.st_mtime_ns, there.st_size)
+
+
+@functools.cache
+def _content_digest(path: Path, mtime_ns: int, size_bytes: int) -> str:
+    """Once for each version of a file: ImageNet's manifest is some 100 MB."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
-
-
-def _files(code: Iterable[str]) -> list[Path]:
-    found: set[Path] = set()
-    for entry in map(Path, code):
-        if not entry.exists():
-            raise FileNotFoundError(f"code dependency {entry}")
-        found |= {entry} if entry.is_file() else {p for p in entry.rglob("*") if p.suffix in {".py", ".c", ".h"}}
-    return sorted(found)
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -29,7 +29,7 @@ def show_jobs() -> None:
 
 def _row(folder: Path) -> list[str] | None:
     job = record.read_job(folder)
-    if job is None or record.is_done(folder, (folder / "fingerprint").read_text()):
+    if job is None or record.is_done(folder, record.fingerprint_of(folder)):
         return None
     status = state(job) if job.job_id is not None else Status("SUBMITTING", False)
     if status.is_over and status.state in ("CANCELLED", "FINISHED") and not record.failures(folder):

@@ -1,5 +1,6 @@
 """Jobs on this machine, through submitit's local executor: one process a rank, beneath a controller."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.cluster import Profile
+from pipeline.launch import snapshot
 from pipeline.launch.record import Job
 from pipeline.launch.slurm import environment
 from pipeline.launch.status import Status
@@ -41,8 +43,8 @@ def find(job: Job) -> tuple[str, float] | None:
     return None
 
 
-def submit(jobs: Path, token: str, profile: Profile) -> tuple[str, float]:
-    """Start a job; the controller's process id and start."""
+def submit(jobs: Path, token: str, profile: Profile, code: Path) -> tuple[str, float]:
+    """Start a job on the package in `code`; the controller's process id and start."""
     import submitit
 
     executor = submitit.LocalExecutor(jobs)
@@ -52,7 +54,8 @@ def submit(jobs: Path, token: str, profile: Profile) -> tuple[str, float]:
         stderr_to_stdout=True,
         timeout_min=365 * 24 * 60,
     )
-    with environment(profile.environment), _untouched_by_ctrl_c():
+    before = profile.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+    with environment(profile.environment | snapshot.environment(code, before)), _untouched_by_ctrl_c():
         job = executor.submit(Worker(jobs, token))
     return job.job_id, psutil.Process(int(job.job_id)).create_time()
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from pipeline import paths
+from pipeline.launch.fingerprint import Identity
 
 TOKEN_PREFIX = "metaformer-"
 
@@ -80,7 +81,7 @@ def fill_in(folder: Path, token: str, job_id: str, created: float | None = None)
     return True
 
 
-def is_done(folder: Path, mark: str) -> bool:
+def is_done(folder: Path, mark: str | None) -> bool:
     """Whether the run of this fingerprint has ended well."""
     try:
         return (folder / "done").read_text() == mark
@@ -88,9 +89,49 @@ def is_done(folder: Path, mark: str) -> bool:
         return False
 
 
+def fingerprint_of(folder: Path) -> str | None:
+    """The fingerprint of the run that a folder holds."""
+    try:
+        return (folder / "fingerprint").read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write_identity(folder: Path, identity: Identity) -> None:
+    """Make a folder this identity's; `fingerprint` is written last."""
+    for name, text in (
+        ("identity.json", json.dumps(asdict(identity), indent=1)),
+        ("fingerprint", identity.fingerprint),
+    ):
+        with paths.written_atomically(folder / name) as temporary:
+            temporary.write_text(text)
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """What the result of the run in a folder depends on; None where there is no run."""
+    file = folder / "identity.json"
+    return Identity(**json.loads(file.read_text())) if file.exists() else None
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines; none where there is no file."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def adoptions(folder: Path) -> list[dict[str, Any]]:
+    """Each time that somebody stated this folder's run to be the result of changed code or parameters."""
+    return read_lines(folder / "adopted.jsonl")
+
+
 def newest_step(folder: Path) -> int:
-    """Step of the newest whole checkpoint, 0 without one."""
-    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("checkpoints/step-*.sha256")), default=0)
+    """Step of the newest checkpoint, 0 without one; a checkpoint has its name only when it is whole."""
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoints/step-*-*.pt")), default=0)
 
 
 @dataclass(frozen=True)

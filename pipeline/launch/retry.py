@@ -10,7 +10,7 @@ from pipeline.launch.attempts import Attempt
 def main(jobs: Path) -> int:
     """The exit status for the job: 0 where its run was done before the ranks failed."""
     folder, attempt = attempts.run_folder(jobs), Attempt.current()
-    if record.is_done(folder, (folder / "fingerprint").read_text()):
+    if record.is_done(folder, record.fingerprint_of(folder)):
         print("done before that: nothing is tried again")
         return 0
     job = record.read_job(folder)

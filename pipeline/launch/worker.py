@@ -1,14 +1,17 @@
 """What runs inside a job: one process a rank."""
 
 import importlib
+import importlib.util
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import sys
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,6 +21,7 @@ from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import attempts, record
 from pipeline.launch.attempts import Attempt
+from pipeline.launch.fingerprint import code_of, content_digest
 
 log = logging.getLogger(__name__)
 STALE_S = 60
@@ -69,12 +73,15 @@ class Worker:
         attempt = Attempt.current()
         folder = attempts.run_folder(self.jobs)
         is_local, is_first = environment.cluster == "local", environment.global_rank == 0
-        if record.is_done(folder, (folder / "fingerprint").read_text()):
+        if record.is_done(folder, record.fingerprint_of(folder)):
             log.info("%s is done: nothing is left to do", folder)
             return
         if is_first:
             self._take(folder, attempt, is_local)
         with attempts.errors_of_rank(folder, attempt, environment.global_rank):
+            if is_first:
+                _check_identity(folder)
+                _record_software(folder, attempt)
             finished = self._run(folder, environment, attempt, stopping)
             if not finished and is_local:
                 raise UserError("stopped by a signal; `dvc repro` goes on from the checkpoint that it wrote")
@@ -105,7 +112,9 @@ class Worker:
         # Our FFCV operations call C; without this, importing ffcv alone compiles for seconds.
         os.environ["NUMBA_DISABLE_JIT"] = "1"
         if (needed := work["after"]) is not None and not record.is_done(Path(needed["folder"]), needed["fingerprint"]):
-            raise UserError(f"{needed['folder']} has not what this job was queued behind: run `dvc repro` again")
+            raise UserError(
+                f"{needed['folder']} does not contain the result that this job depends on: run `dvc repro` again"
+            )
         module, function = work["call"].split(":")
         call = getattr(importlib.import_module(module), function)
         from pipeline import world as ranks
@@ -117,12 +126,42 @@ class Worker:
             finished = bool(call(world, folder, profile, **work["arguments"]))
             if finished and rank == 0:
                 with paths.written_atomically(folder / "done") as temporary:
-                    temporary.write_text((folder / "fingerprint").read_text())
+                    temporary.write_text(str(record.fingerprint_of(folder)))
             if store is not None:
                 import torch.distributed as dist
 
                 dist.barrier()  # rank 0 has written what it writes: now all may leave at once
         return finished
+
+
+def _check_identity(folder: Path) -> None:
+    """Hold code and data against those that the job was queued with, at each attempt, before the folder is touched."""
+    work = record.read_work(folder)
+    again = "take the job back with `python -m pipeline cancel`, then run `dvc repro`"
+    if code_of(work["call"]).digest != work["code"]:
+        raise UserError(f"the code in {work['snapshot']} is not what this job was queued with: {again}")
+    for path, digest in work["inputs"].items():
+        if not Path(path).exists() or content_digest(Path(path)) != digest:
+            raise UserError(f"{path} is not what it was when this job was queued: {again}")
+
+
+SOFTWARE = ("torch", "torchvision", "timm", "ffcv", "numpy", "pillow", "opencv-python")
+
+
+def _record_software(folder: Path, attempt: Attempt) -> None:
+    """Note the versions that this attempt runs; say so when a run goes on under others."""
+    now = {name: version(name) for name in SOFTWARE} | {"python": platform.python_version()}
+    for library in ("pipeline.data._pixels", "pipeline.models._block"):
+        spec = importlib.util.find_spec(library)
+        if spec is not None and spec.origin is not None:
+            now[library] = content_digest(Path(spec.origin))[:16]
+    file = folder / "software.jsonl"
+    before = json.loads(file.read_text().splitlines()[-1]) if file.exists() else {}
+    for name in sorted(before.keys() & now.keys()):
+        if name != "attempt" and before[name] != now[name]:
+            log.warning("%s is %s now; the attempt before ran %s", name, now[name], before[name])
+    with file.open("a") as stream:
+        stream.write(json.dumps({"attempt": str(attempt), **now}) + "\n")
 
 
 class _Stopping:

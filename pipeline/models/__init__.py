@@ -1,6 +1,6 @@
 """PoolFormer classifiers, Semantic FPN segmenters, and the files that hold their weights."""
 
-from pipeline.models.poolformer import VARIANTS, Variant, create_classifier
+from pipeline.models.poolformer import create_classifier
 from pipeline.models.released_weights import (
     RELEASED_CLASSIFIERS,
     RELEASED_SEGMENTERS,
@@ -8,6 +8,7 @@ from pipeline.models.released_weights import (
     load_released,
 )
 from pipeline.models.semantic_fpn import create_segmenter
+from pipeline.variants import VARIANTS, Variant
 
 __all__ = [
     "RELEASED_CLASSIFIERS",

@@ -5,9 +5,6 @@ with LayerNorm2d, eps 1e-6) and initialises every convolution alike. Stem, stage
 names are timm's here; head and initialisation are the official code's (models/poolformer.py).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 from timm.layers import GroupNorm1
 from timm.models.metaformer import MetaFormerBlock, MetaFormerStage, Pooling, Stem
 from torch import Tensor, nn
@@ -15,28 +12,7 @@ from torch import Tensor, nn
 from pipeline.config import unknown
 from pipeline.errors import UserError
 from pipeline.models.block import PoolFormerBlock
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What tells one PoolFormer from another; every other hyperparameter is shared."""
-
-    blocks: tuple[int, int, int, int]
-    widths: tuple[int, int, int, int]
-    layer_scale_init: float
-    drop_path_rate: float
-    """The last block's rate in ImageNet training; the first block's is 0, linear in between."""
-    crop_fraction: float
-    """Side of the centre crop over the short side of the resized image, at test."""
-
-
-VARIANTS: Mapping[str, Variant] = {
-    "poolformer_s12": Variant((2, 2, 6, 2), (64, 128, 320, 512), 1e-5, 0.1, 0.90),
-    "poolformer_s24": Variant((4, 4, 12, 4), (64, 128, 320, 512), 1e-5, 0.1, 0.90),
-    "poolformer_s36": Variant((6, 6, 18, 6), (64, 128, 320, 512), 1e-6, 0.2, 0.90),
-    "poolformer_m36": Variant((6, 6, 18, 6), (96, 192, 384, 768), 1e-6, 0.3, 0.95),
-    "poolformer_m48": Variant((8, 8, 24, 8), (96, 192, 384, 768), 1e-6, 0.4, 0.95),
-}
+from pipeline.variants import VARIANTS, Variant
 
 
 class PointwiseConv2d(nn.Conv2d):

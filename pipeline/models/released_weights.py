@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.poolformer import VARIANTS, PoolFormerClassifier
+from pipeline.models.poolformer import PoolFormerClassifier
 from pipeline.models.semantic_fpn import SemanticFPN
 from pipeline.models.strict_loading import load_strict
+from pipeline.variants import VARIANTS
 
 ModelT = TypeVar("ModelT", bound=PoolFormerClassifier | SemanticFPN)
 

@@ -11,6 +11,7 @@ from pipeline.config import Params
 from pipeline.launch import record
 from pipeline.paper import label
 from pipeline.report.background import Background, Provenance
+from pipeline.stages._evaluation import training_of
 from pipeline.tracking.about import About, Kind, git_commit
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
@@ -52,7 +53,7 @@ def background(params: Params, segmentation: pd.DataFrame) -> Background:
                 cost = json.loads(paths.cost(f"train_{kind}", variant, seed).read_text())
                 if cost:
                     costs.append({"task": task, "variant": variant, "seed": seed, **cost})
-                provenance.append(_provenance(kind, f"{task}: {label(variant)}, seed {seed}", f"{variant}-{seed}"))
+                provenance.append(_provenance(params, kind, task, variant, seed))
     return Background(
         iou=pd.concat(iou, ignore_index=True) if iou else pd.DataFrame(),
         class_names=names,
@@ -72,21 +73,26 @@ def _class_names(root: Path) -> dict[int, str]:
     return {int(row["Idx"]) - 1: str(row["Name"]).partition(",")[0].strip() for _, row in table.iterrows()}
 
 
-def _provenance(kind: Kind, row: str, name: str) -> Provenance:
-    command = f"dvc repro evaluate_{kind}@{name}"
-    folder = paths.run(f"train_{kind}", name)
-    about = About.read(folder)
-    if about is None:
+def _provenance(params: Params, kind: Kind, task: str, variant: str, seed: int) -> Provenance:
+    row, command = f"{task}: {label(variant)}, seed {seed}", f"dvc repro evaluate_{kind}@{variant}-{seed}"
+    folder = training_of(params, kind, variant, seed)
+    about = None if folder is None else About.read(folder)
+    if folder is None or about is None:
         return Provenance(row, command)
-    job = record.read_job(folder)
-    mark = folder / "fingerprint"
+    job, software = record.read_job(folder), record.read_lines(folder / "software.jsonl")
     return Provenance(
         row,
         command,
         commit=about.tags.get("git_commit", ""),
-        fingerprint=mark.read_text() if mark.exists() else "",
+        fingerprint=record.fingerprint_of(folder) or "",
         data=about.datasets[0]["digest"] if about.datasets else "",
+        software="; ".join(dict.fromkeys(_versions(line) for line in software)),
+        adopted="; ".join(f"from {line['from'][:12]}: {line['because']}" for line in record.adoptions(folder)),
         job=f"{job.kind} {job.job_id}" if job is not None else "",
         log=str(folder / "log.txt") if job is not None else "",
         mlflow_run=Mirror(Server(), folder).run_id or "",
     )
+
+
+def _versions(attempt: dict[str, str]) -> str:
+    return ", ".join(f"{name} {attempt[name]}" for name in ("torch", "timm", "ffcv", "python") if name in attempt)

@@ -8,6 +8,7 @@ import pandas as pd
 from pipeline import paths
 from pipeline.config import Params
 from pipeline.paper import label
+from pipeline.stages._evaluation import training_of
 from pipeline.stages._sync import sync
 from pipeline.tracking.about import About, Kind, flat, provenance
 from pipeline.tracking.comparison import Row, open_comparison, record
@@ -32,7 +33,7 @@ def log_comparison(params: Params, trained: dict[Kind, pd.DataFrame], released: 
     for kind, (name, measurement) in TABLES.items():
         table = pd.read_csv(paths.REPORTS / f"{name}.csv")
         cells = {str(row["model"]): row for _, row in table.iterrows()}
-        rows = [_seed_row(kind, cells[run["variant"]], run, measurement) for _, run in trained[kind].iterrows()]
+        rows = [_seed_row(params, kind, cells[run["variant"]], run, measurement) for _, run in trained[kind].iterrows()]
         rows += [_released_row(params, kind, cells[file["variant"]], file) for _, file in released[kind].iterrows()]
         files = [paths.REPORTS / f"{name}.{suffix}" for suffix in ("csv", "md", "html", "tex")]
         folder = open_comparison(kind, params.scale, params.model_dump(mode="json"))
@@ -41,18 +42,21 @@ def log_comparison(params: Params, trained: dict[Kind, pd.DataFrame], released: 
     sync(Server())
 
 
-def _seed_row(kind: Kind, cells: "pd.Series[Any]", run: "pd.Series[Any]", measurement: str) -> Row | None:
+def _seed_row(
+    params: Params, kind: Kind, cells: "pd.Series[Any]", run: "pd.Series[Any]", measurement: str
+) -> Row | None:
     """One seed's measurement beside the paper's number; the verdict is that of all its seeds."""
     name = f"{run['variant']}-{run['seed']}"
-    folder = paths.run(f"train_{kind}", name)
-    if About.read(folder) is None:
+    folder = training_of(params, kind, str(run["variant"]), int(run["seed"]))
+    about = None if folder is None else About.read(folder)
+    if folder is None or about is None:
         return None  # its results were pulled from elsewhere
     measured = round(float(run[measurement]), 6)  # as in the CSV
     metrics = {**_paper_cells(cells), "measured": measured, "seeds": float(cells["seeds"])}
     if pd.notna(cells["tolerance"]):
         metrics["difference"] = round(measured - float(cells["paper"]), 6)
     note = f"**{cells['verdict']}** ({_seeds(int(cells['seeds']))})\n\nAgain: `dvc repro train_{kind}@{name}`"
-    return Row(str(folder), run["variant"], note, {"verdict": str(cells["verdict"])}, metrics)
+    return Row(str(folder), about.key, run["variant"], note, {"verdict": str(cells["verdict"])}, metrics)
 
 
 def _released_row(params: Params, kind: Kind, cells: "pd.Series[Any]", file: "pd.Series[Any]") -> Row | None:
@@ -61,18 +65,19 @@ def _released_row(params: Params, kind: Kind, cells: "pd.Series[Any]", file: "pd
     if file["status"] != "measured" or not (folder / "done").exists():
         return None
     command = f"dvc repro evaluate_released@{variant}"
-    if About.read(folder) is None:
+    about = About.read(folder)
+    if about is None:
         tags = {"kind": kind, "model": label(variant), "variant": variant, "weights": str(file["file"])}
         config = {"variant": variant, "weights": str(file["file"]), "evaluation": params.evaluation.model_dump()}
-        About(
-            kind, params.scale, f"{label(variant)} · released weights", flat(config), tags | provenance(command)
-        ).write(folder)
+        name = f"{label(variant)} · released weights"
+        about = About(kind, params.scale, name, flat(config), tags | provenance(command))
+        about.write(folder)
     metrics = {**_paper_cells(cells), "released": float(cells["released"])}
     if pd.notna(cells["released_difference"]):
         metrics["difference"] = float(cells["released_difference"])
     verdict = str(cells["released_verdict"])
     note = f"**{verdict}**\n\nAgain: `{command}`"
-    return Row(str(folder), variant, note, {"verdict": verdict}, metrics)
+    return Row(str(folder), about.key, variant, note, {"verdict": verdict}, metrics)
 
 
 def _paper_cells(cells: "pd.Series[Any]") -> dict[str, float]:

@@ -9,12 +9,13 @@ from pipeline import paths
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
+from pipeline.launch.submission import Run, find_run
 from pipeline.stages._sync import catch_up, mirror_of, status
 from pipeline.tracking.about import About, Kind
 from pipeline.tracking.server import Server
 
 
-def evaluate(kind: Kind, work: Work, outputs: dict[str, Path]) -> None:
+def evaluate(kind: Kind, params: Params, work: Work, outputs: dict[str, Path]) -> None:
     """Run an evaluation job, and log what it measured where the training of the same name was logged."""
 
     def import_meanwhile(_: Path) -> None:
@@ -22,12 +23,25 @@ def evaluate(kind: Kind, work: Work, outputs: dict[str, Path]) -> None:
 
     run_job(work, outputs, import_meanwhile)
     server = Server()
-    training = paths.run(f"train_{kind}", work.name)
-    if About.read(training) is not None:
+    variant, _, seed = work.name.rpartition("-")
+    training = training_of(params, kind, variant, int(seed))
+    if training is not None and About.read(training) is not None:
         with paths.written_atomically(training / "evaluation.json") as temporary:
             shutil.copyfile(outputs["metrics.json"], temporary)
         mirror_of(server, training).update(status(training))
     catch_up(server)
+
+
+def training_of(params: Params, kind: Kind, variant: str, seed: int) -> Path | None:
+    """The folder of the run that made the weights which these parameters ask for, in its place or put aside.
+
+    None where they came another way: pulled, or released. What lies in the run's place now may be another run.
+    """
+    work: Work | None = import_module(f"pipeline.stages.train_{kind}").work(params, variant, seed)
+    if work is None or not all(path.exists() for path in work.inputs):
+        return None
+    folder = find_run(Run.of(work))
+    return folder if folder is not None and (folder / "done").exists() else None
 
 
 def validation_set(params: Params, variant: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pipeline.report import write_reports
 from pipeline.stages._background import background, settings
 from pipeline.stages._comparison import log_comparison
 
-CODE = ("pipeline/paper", "pipeline/report")
 CURVE_ROWS = 1000
 """Of a training's curve, at most: more than a figure shows."""
 

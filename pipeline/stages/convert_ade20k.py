@@ -9,9 +9,7 @@ from pathlib import Path
 from pipeline import cluster, paths
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.stages import _code
-
-CODE = _code.CONVERSION
+from pipeline.launch.submission import refuse_while_read
 
 
 def run(params: Params) -> None:
@@ -20,6 +18,7 @@ def run(params: Params) -> None:
     data = params.ade20k
     if not Path(data.root).is_dir():
         raise UserError(f"{data.root} is gone since it was listed: run `dvc repro -f -s prepare_ade20k`")
+    refuse_while_read([paths.beton("ade20k", split) for split in data.splits])
     for split in data.splits:
         convert_segmentation_folder(
             data.root,

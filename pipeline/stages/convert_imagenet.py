@@ -9,9 +9,7 @@ from pathlib import Path
 from pipeline import cluster, paths
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.stages import _code
-
-CODE = _code.CONVERSION
+from pipeline.launch.submission import refuse_while_read
 
 
 def run(params: Params) -> None:
@@ -21,6 +19,7 @@ def run(params: Params) -> None:
     data = params.imagenet
     if not Path(data.root).is_dir():
         raise UserError(f"{data.root} is gone since it was listed: run `dvc repro -f -s prepare_imagenet`")
+    refuse_while_read([paths.beton("imagenet", split) for split in data.splits])
     classes = class_names(Path(data.root) / data.splits[0])
     for split in data.splits:
         convert_image_folder(

@@ -13,10 +13,8 @@ from pipeline import paths
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
-from pipeline.stages import evaluate_classifier, evaluate_segmenter
 from pipeline.stages._evaluation import validation_set
 
-CODE = tuple(dict.fromkeys((*evaluate_classifier.CODE, *evaluate_segmenter.CODE)))
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +45,6 @@ def run(params: Params, variant: str) -> None:
             name=f"{variant}-{kind}",
             call=f"pipeline.tasks.{kind}_evaluation:evaluate",
             arguments={"variant": variant, "weights": str(file), **arguments[kind]},
-            code=CODE,
             inputs=(paths.manifest(Path(arguments[kind]["beton"])), file),
         )
         run_job(work, {})

@@ -7,26 +7,25 @@ Writes  results/evaluate_segmenter/{variant}-{seed}.{json,iou.csv,pictures.npz}
 from pipeline import paths
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
-from pipeline.stages import _code
 from pipeline.stages._evaluation import evaluate
-
-CODE = (
-    *_code.DEVICE,
-    *_code.SEGMENTER,
-    *_code.SCENES,
-    "pipeline/metrics",
-    "pipeline/models/released_weights.py",
-    "pipeline/tasks/segmenter_evaluation.py",
-    "pipeline/world.py",
-)
 
 
 def run(params: Params, variant: str, seed: int) -> None:
     name = f"{variant}-{seed}"
+    outputs = {
+        "metrics.json": paths.metrics("evaluate_segmenter", name),
+        "iou.csv": paths.iou(name),
+        "pictures.npz": paths.pictures(name),
+    }
+    evaluate("segmenter", params, work(params, variant, seed), outputs)
+
+
+def work(params: Params, variant: str, seed: int) -> Work:
+    """The evaluation as a job."""
     beton, weights = paths.beton("ade20k", "validation"), paths.model("segmenter", variant, seed)
-    work = Work(
+    return Work(
         stage="evaluate_segmenter",
-        name=name,
+        name=f"{variant}-{seed}",
         call="pipeline.tasks.segmenter_evaluation:evaluate",
         arguments={
             "variant": variant,
@@ -35,12 +34,5 @@ def run(params: Params, variant: str, seed: int) -> None:
             "beton": str(beton),
             "weights": str(weights),
         },
-        code=CODE,
         inputs=(paths.manifest(beton), weights),
     )
-    outputs = {
-        "metrics.json": paths.metrics("evaluate_segmenter", name),
-        "iou.csv": paths.iou(name),
-        "pictures.npz": paths.pictures(name),
-    }
-    evaluate("segmenter", work, outputs)

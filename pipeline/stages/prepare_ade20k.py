@@ -9,9 +9,6 @@ from pathlib import Path
 from pipeline import paths
 from pipeline.config import Params
 
-CODE = ("pipeline/data/digits.py", "pipeline/data/folders.py", "pipeline/data/scenes.py")
-
-
 TRAIN_SCENES, VAL_SCENES = 1000, 60
 
 

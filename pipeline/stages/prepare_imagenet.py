@@ -9,8 +9,6 @@ from pathlib import Path
 from pipeline import paths
 from pipeline.config import Params
 
-CODE = ("pipeline/data/digits.py", "pipeline/data/folders.py")
-
 
 def run(params: Params) -> None:
     from pipeline.data.digits import write_digits

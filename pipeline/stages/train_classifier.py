@@ -9,12 +9,9 @@ from pathlib import Path
 from pipeline import paths
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
-from pipeline.stages import _code
 from pipeline.stages._evaluation import validation_set
 from pipeline.stages._training import train
 from pipeline.train import history
-
-CODE = (*_code.LOOP, *_code.DEVICE, *_code.CLASSIFIER, *_code.IMAGES, "pipeline/tasks/classifier_training.py")
 
 
 def run(params: Params, variant: str, seed: int) -> None:
@@ -41,7 +38,6 @@ def work(params: Params, variant: str, seed: int) -> Work | None:
             "num_classes": params.imagenet.num_classes,
             "beton": str(beton),
         },
-        code=CODE,
         inputs=(paths.manifest(beton),),
         watching={"validation": validation_set(params, variant)},
     )

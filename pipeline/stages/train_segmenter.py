@@ -7,17 +7,8 @@ Writes  models/segmenter/{variant}-{seed}.pt, results/train_segmenter/{variant}-
 from pipeline import paths
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Upstream, Work
-from pipeline.stages import _code, train_classifier
+from pipeline.stages import train_classifier
 from pipeline.stages._training import train
-
-CODE = (
-    *_code.LOOP,
-    *_code.DEVICE,
-    *_code.SEGMENTER,
-    *_code.SCENES,
-    "pipeline/models/released_weights.py",
-    "pipeline/tasks/segmenter_training.py",
-)
 
 
 def run(params: Params, variant: str, seed: int) -> None:
@@ -41,7 +32,6 @@ def work(params: Params, variant: str, seed: int) -> Work:
             "backbone": str(backbone),
             "backbone_classes": params.imagenet.num_classes,
         },
-        code=CODE,
         inputs=(paths.manifest(beton),) if classifier is not None else (paths.manifest(beton), backbone),
         after=Upstream(classifier, "weights.pt", place=backbone, argument="backbone") if classifier else None,
     )

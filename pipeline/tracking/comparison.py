@@ -32,6 +32,8 @@ class Row:
     """What a comparison says of one run beneath it."""
 
     folder: str
+    key: str
+    """`About.key` of the run that was measured: by now another run may have its folder."""
     variant: str
     note: str
     tags: dict[str, str]
@@ -111,9 +113,12 @@ class ComparisonMirror:
         return True
 
     def _children(self, content: dict[str, Any]) -> dict[str, str]:
-        """Run ids by folder of those runs that this server has."""
-        ids = {row["folder"]: Mirror(self.server, Path(row["folder"])).run_id for row in content["rows"]}
-        return {folder: run_id for folder, run_id in ids.items() if run_id is not None}
+        """Run ids by key of those runs that this server has; none for a comparison that was put aside."""
+        if "." in self.folder.name:
+            return {}
+        folders = {row["key"]: _folder_of(row) for row in content["rows"] if "key" in row}
+        ids = {key: Mirror(self.server, folder).run_id for key, folder in folders.items() if folder is not None}
+        return {key: run_id for key, run_id in ids.items() if run_id is not None}
 
     def _log(self, client: Any, content: dict[str, Any]) -> None:
         from mlflow.entities import RunTag
@@ -129,17 +134,18 @@ class ComparisonMirror:
             client.log_artifact(run_id, str(file))
         children = self._children(content)
         for row in content["rows"]:
-            child = children.get(row["folder"])
+            child = children.get(row.get("key", ""))
             if child is None:
                 continue
             tags = {**row["tags"], "in_table": "yes", "mlflow.note.content": row["note"]}
             tags["mlflow.parentRunId"] = run_id
             _log_metrics(client, child, row["metrics"])
             client.log_batch(child, tags=[RunTag(key, value[:8000]) for key, value in tags.items()])
-        self._take_out_others(client, set(children.values()), about)
-        self._mark_best(client, content["rows"], about)
-        experiment = self.server.experiment(client, EXPERIMENTS[about.kind])
-        _show(client, experiment, run_id, about, content["note"])
+        if "." not in self.folder.name:
+            self._take_out_others(client, set(children.values()), about)
+            self._mark_best(client, content["rows"], about)
+            experiment = self.server.experiment(client, EXPERIMENTS[about.kind])
+            _show(client, experiment, run_id, about, content["note"])
         client.set_terminated(run_id, "FINISHED")
 
     def _take_out_others(self, client: Any, shown: set[str], about: About) -> None:
@@ -155,12 +161,23 @@ class ComparisonMirror:
         """Alias `best`: the seed that measured most, of each variant."""
         best: dict[str, tuple[float, str]] = {}
         for row in rows:
-            version = Mirror(self.server, Path(row["folder"])).known("model_version")
+            folder = _folder_of(row)
+            version = None if folder is None else Mirror(self.server, folder).known("model_version")
             measured = row["metrics"].get("measured", float("nan"))
             if version is not None and measured > best.get(row["variant"], (float("-inf"), ""))[0]:
                 best[row["variant"]] = (measured, str(version))
         for variant, (_, version) in best.items():
             client.set_registered_model_alias(registered_name(about.kind, variant, about.scale), "best", version)
+
+
+def _folder_of(row: dict[str, Any]) -> Path | None:
+    """Where the run that a row speaks of lies now: in its place, or put aside."""
+    place = Path(row["folder"])
+    for folder in (place, *sorted(place.parent.glob(f"{place.name.partition('.')[0]}.*"))):
+        about = About.read(folder)
+        if about is not None and about.key == row.get("key"):
+            return folder
+    return None
 
 
 def _table_metrics(table: pd.DataFrame) -> dict[str, float]:

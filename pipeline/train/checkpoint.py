@@ -1,10 +1,12 @@
-"""Checkpoints that are whole or not there: written beside, synced, renamed, and read back with a checksum.
+"""Checkpoints that are whole or not there: hashed while they are written, synced, and named by step and hash.
 
-The two newest are kept, so that one which a disk has damaged costs one interval and not the run.
+A file has its name only when all of it is on the disk. The two newest that are whole are kept, so that one which a disk
+has damaged costs one interval and not the run.
 """
 
 import hashlib
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,27 +14,53 @@ from typing import Any
 import torch
 
 from pipeline import paths
+from pipeline.errors import UserError
 
 KEEP = 2
-_NAME = re.compile(r"step-(\d+)\.pt$")
+_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 log = logging.getLogger(__name__)
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint of `step`; older ones beyond the newest two are deleted.
+    """Write `state` as the checkpoint of `step`; of the older ones the newest whole one is kept.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints that are there stay untouched.
     """
-    target = folder / f"step-{step}.pt"
-    write(target, {"step": step, **state})
-    digest = _sha256(target)
-    with paths.written_atomically(_digest_file(target)) as temporary:
-        temporary.write_text(digest)
-    for old in _newest_first(folder)[KEEP:]:
-        old.unlink(missing_ok=True)
-        _digest_file(old).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".step-{step}.{os.getpid()}"
+    try:
+        with temporary.open("wb") as stream:
+            hashing = _Hashing(stream)
+            _save({"step": step, **state}, hashing)
+            stream.flush()
+            os.fsync(stream.fileno())
+        target = folder / f"step-{step}-{hashing.digest.hexdigest()[:16]}.pt"
+        temporary.replace(target)
+        paths.sync_directory(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    whole = 1
+    for old in _newest_first(folder):
+        if old != target and whole < KEEP and _is_whole(old):
+            whole += 1
+        elif old != target and whole == KEEP:
+            old.unlink(missing_ok=True)
     return target
+
+
+class _Hashing:
+    """A stream that hashes what is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return int(self.stream.write(data))
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def write(target: Path, content: dict[str, Any]) -> None:
@@ -42,35 +70,47 @@ def write(target: Path, content: dict[str, Any]) -> None:
         OSError: the disk is full or not writable.
     """
     with paths.written_atomically(target) as temporary, temporary.open("wb") as stream:
-        try:
-            torch.save(content, stream)
-        except RuntimeError as error:  # torch's own, in place of what the file said
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        _save(content, stream)
+
+
+def _save(content: dict[str, Any], stream: Any) -> None:
+    try:
+        torch.save(content, stream)
+    except RuntimeError as error:  # torch's own, in place of what the file said
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, on the CPU, or None; damaged ones are named in the log and passed over."""
-    for path in _newest_first(folder):
-        digest = _digest_file(path)
-        if not digest.exists() or digest.read_text() != _sha256(path):
-            log.warning("%s is damaged or half-written; going on from the one before", path)
-            continue
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
+    """The newest checkpoint that is whole, on the CPU, or None where there has been none; damaged ones are named.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole: a start at step 0 would throw their steps away.
+    """
+    found = _newest_first(folder)
+    for path in found:
+        if _is_whole(path):
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+        log.warning("%s is damaged; going on from the one before", path)
+    if found:
+        raise UserError(f"every checkpoint in {folder} is damaged: bring one back, or delete them to start at step 0")
     return None
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes left of checkpoints that they were writing."""
+    for path in folder.glob(".step-*"):
+        path.unlink(missing_ok=True)
+
+
 def _newest_first(folder: Path) -> list[Path]:
-    found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.search(path.name))]
+    found = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _digest_file(path: Path) -> Path:
-    return path.with_suffix(".sha256")
-
-
-def _sha256(path: Path) -> str:
+def _is_whole(path: Path) -> bool:
+    match = _NAME.fullmatch(path.name)
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return match is not None and hashlib.file_digest(stream, "sha256").hexdigest().startswith(match[2])

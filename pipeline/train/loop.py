@@ -61,6 +61,7 @@ def train(
         del state
     _agree_on(first_step, world)
     if world.is_first:
+        checkpoint.remove_unfinished(checkpoints)
         history.cut_back(record_file, first_step)
         history.cut_back(validation_file, first_step - 1)  # what is due at first_step itself comes again
     noise = CountedNoise(model, seed)
