@@ -1,22 +1,18 @@
 """Submission and waiting on a real Slurm: all trainings at once, few queries, held jobs, `jobs`, `cancel`, `doctor`."""
 
 import itertools
-import json
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO
 
 import pytest
 from conftest import Checkout
 from slurm_cluster import ON_SLURM, SlurmCluster, wait_until
 
-from pipeline import paths
 from pipeline.launch import slurm
-from pipeline.launch.record import Job
 
 pytest_plugins = "slurm_cluster"
 pytestmark = ON_SLURM
@@ -204,48 +200,3 @@ def test_container_set_up_and_environment_reach_the_ranks(
         check.write_text(before)
     assert "rank 1" in done.stdout
     assert "does not see" not in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("rows", "sacct", "asks", "is_over"),
-    [
-        # What squeue and sacct said on the development cluster, after each fault, of a job that lives or has ended.
-        ("7|COMPLETING|None|N/A|n[1-2]|{token}", "7|NODE_FAIL", 1, False),
-        ("7|PENDING|BeginTime|N/A||{token}", "7|REQUEUED", 6, False),
-        ("7|PREEMPTED|None|N/A||{token}", "", 1, False),
-        ("7|NODE_FAIL|None|N/A||{token}", "", 4, True),
-        ("7|CANCELLED|None|N/A||{token}", "", 1, True),
-        ("", "7|COMPLETED", 1, True),
-        ("", "7|NODE_FAIL", 3, False),
-        ("", "7|NODE_FAIL", 4, True),
-        ("", "", 1, False),
-        ("", "", 2, True),
-        ("7|RUNNING|None|N/A|n1|metaformer-another", "", 2, True),
-        (None, "7|FAILED", 6, False),  # the controller does not answer
-    ],
-)
-def test_what_slurm_says_of_a_job(
-    rows: str | None,
-    sacct: str,
-    asks: int,
-    is_over: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    paths.RUNS.mkdir()
-    job = Job("slurm", "metaformer-this", "jobs", {}, submitted=0.0, job_id="7")
-    said = {"squeue": rows, "sacct": sacct}
-
-    def answer(command: list[str], extra: dict[str, str]) -> str:
-        text = said[command[0]]
-        if text is None:
-            raise slurm.UnreachableError("Unable to contact slurm controller")
-        return text.format(token=job.token)
-
-    monkeypatch.setattr(slurm, "ask", answer)
-    for _ in range(asks):
-        status = slurm.look(job)
-        cache = json.loads((paths.RUNS / "slurm.json").read_text())
-        (paths.RUNS / "slurm.json").write_text(json.dumps({**cache, "asked": 0.0}))
-    assert status.is_over is is_over

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.experiments import compose
 from pipeline.launch import record, worker
 from pipeline.launch.attempts import Attempt
 from pipeline.launch.fingerprint import code_of, content_digest, identify
+from pipeline.launch.record import Job
 from pipeline.launch.snapshot import snapshot
 from pipeline.launch.submission import Run, _claim_folder, find_run
 from pipeline.stages import train_classifier
@@ -162,6 +164,25 @@ def test_clean_lists_asks_and_leaves_what_is_used(
     assert not aside.exists()
     assert upkeep.clean(yes=True) == 0
     assert "nothing to delete" in capsys.readouterr().out
+
+
+def test_a_job_leaves_a_folder_that_has_come_to_wait_for_another(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _claim_folder(run)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        stopping = worker._Stopping()
+        stopping.watch(run.folder, "token-1")
+        record.write_job(run.folder, Job("slurm", "token-1", str(tmp_path), {}, 0.0))
+        monkeypatch.setattr(worker, "CLAIM_S", -1)
+        assert not stopping()
+        record.write_job(run.folder, Job("slurm", "token-2", str(tmp_path), {}, 0.0))
+        assert stopping()
+        assert stopping.is_replaced
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_fingerprint_does_not_depend_on_the_module_of_a_call(run: Run) -> None:

@@ -15,9 +15,10 @@ import pytest
 from conftest import Checkout
 from slurm_cluster import wait_until
 
+from pipeline import paths
 from pipeline.cluster import Profile, load_profile
 from pipeline.errors import UserError
-from pipeline.launch import attempts, record, rendezvous
+from pipeline.launch import attempts, record, rendezvous, slurm
 from pipeline.launch.attempts import Attempt
 from pipeline.launch.record import Job
 from pipeline.launch.slurm import environment
@@ -160,13 +161,13 @@ def test_an_error_of_the_users_is_told_alone_and_not_tried_again(run_folder: Pat
 
 
 def test_a_surrounding_jobs_variables_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_PARTITION", "SLURM_CONF"):
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_PARTITION", "SQUEUE_PARTITION", "SLURM_CONF"):
         monkeypatch.setenv(name, "outer")
     with environment({"EXTRA": "1"}):
         inside = dict(os.environ)
     assert inside["EXTRA"] == "1"
     assert inside["SLURM_CONF"] == "outer"
-    assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_PARTITION"} & inside.keys()
+    assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_PARTITION", "SQUEUE_PARTITION"} & inside.keys()
     assert os.environ["SLURM_JOB_ID"] == "outer"
 
 
@@ -193,3 +194,49 @@ def test_the_profiles_of_the_project_are_valid() -> None:
     profiles = {path.stem: load_profile(path) for path in Path("slurm").glob("*.yaml")}
     assert isinstance(profiles["local"], Profile)
     assert profiles["dev"].world_size == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "sacct", "asks", "is_over"),
+    [
+        # What squeue and sacct said on the development cluster, after each fault, of a job that lives or has ended.
+        ("7|COMPLETING|None|N/A|n[1-2]|{token}", "7|NODE_FAIL", 1, False),
+        ("7|PENDING|BeginTime|N/A||{token}", "7|REQUEUED", 6, False),
+        ("7|PREEMPTED|None|N/A||{token}", "", 1, False),
+        ("7|NODE_FAIL|None|N/A||{token}", "", 4, True),
+        ("7|CANCELLED|None|N/A||{token}", "", 1, True),
+        ("", "7|COMPLETED", 1, True),
+        ("", "7|RUNNING", 9, False),
+        ("", "7|NODE_FAIL", 3, False),
+        ("", "7|NODE_FAIL", 4, True),
+        ("", "", 1, False),
+        ("", "", 2, True),
+        ("7|RUNNING|None|N/A|n1|metaformer-another", "", 2, True),
+        (None, "7|FAILED", 6, False),  # the controller does not answer
+    ],
+)
+def test_what_slurm_says_of_a_job(
+    rows: str | None,
+    sacct: str,
+    asks: int,
+    is_over: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths.RUNS.mkdir()
+    job = Job("slurm", "metaformer-this", "jobs", {}, submitted=0.0, job_id="7")
+    said = {"squeue": rows, "sacct": sacct}
+
+    def answer(command: list[str], extra: dict[str, str]) -> str:
+        text = said[command[0]]
+        if text is None:
+            raise slurm.UnreachableError("Unable to contact slurm controller")
+        return text.format(token=job.token)
+
+    monkeypatch.setattr(slurm, "ask", answer)
+    for _ in range(asks):
+        status = slurm.look(job)
+        cache = json.loads((paths.RUNS / "slurm.json").read_text())
+        (paths.RUNS / "slurm.json").write_text(json.dumps({**cache, "asked": 0.0}))
+    assert status.is_over is is_over

@@ -27,6 +27,10 @@ POLL_S = 10.0
 ABSENT_ASKS = 2
 """A job that squeue lists no more, and sacct does not know, is gone after so many answers."""
 UNSETTLED_ASKS = 4
+OPTIONS = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_")
+"""Variables of these names change what sbatch submits, and which jobs squeue and sacct list."""
+ALIVE = {"RUNNING", "PENDING", "SUSPENDED", "COMPLETING", "RESIZING"}
+"""A job that the accounting calls so is never over, whatever squeue lists: another would write into its folder."""
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 UNSETTLED = {"NODE_FAIL", "PREEMPTED", "REQUEUED", "REVOKED"}
 """Ends after which Slurm requeues: believed when they have been seen UNSETTLED_ASKS times."""
@@ -49,9 +53,9 @@ class Row:
 
 @contextmanager
 def environment(extra: dict[str, str]) -> Iterator[None]:
-    """Set `extra`, and hide a surrounding job's SLURM_* and SBATCH_* variables, which would leak into a new job."""
+    """Set `extra`, and hide what a surrounding job or a shell would have Slurm's commands take for options."""
     before = dict(os.environ)
-    for key in [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_")) and key != "SLURM_CONF"]:
+    for key in [key for key in os.environ if key.startswith(OPTIONS) and key != "SLURM_CONF"]:
         del os.environ[key]
     os.environ.update(extra)
     try:
@@ -176,6 +180,9 @@ def _status(job: Job, seen: dict[str, Any]) -> Status:
     absent = seen["absent"].get(job.job_id, {"asks": 0, "state": None})
     if absent["state"] in FINAL:
         return Status(absent["state"], True)
+    if absent["state"] in ALIVE:
+        doubt = f"squeue does not list it, sacct says {absent['state']}: see `scontrol show job {job.job_id}`"
+        return Status(absent["state"], False, fault=doubt)
     patience = UNSETTLED_ASKS if absent["state"] else ABSENT_ASKS
     return Status(absent["state"] or "UNKNOWN", absent["asks"] >= patience)
 

@@ -26,6 +26,8 @@ from pipeline.launch.fingerprint import code_of, content_digest
 log = logging.getLogger(__name__)
 STALE_S = 60
 """A network file system may show an old file for so long."""
+CLAIM_S = 20
+"""So often the first rank looks whether its run folder has come to wait for another job."""
 
 
 class Worker:
@@ -82,7 +84,11 @@ class Worker:
             if is_first:
                 _check_identity(folder)
                 _record_software(folder, attempt)
+                stopping.watch(folder, self.token)
             finished = self._run(folder, environment, attempt, stopping)
+            if stopping.is_replaced and not finished:
+                log.error("%s belongs to another job by now: this one has left", folder)
+                raise SystemExit(1)
             if not finished and is_local:
                 raise UserError("stopped by a signal; `dvc repro` goes on from the checkpoint that it wrote")
         if is_first and finished:
@@ -165,10 +171,12 @@ def _record_software(folder: Path, attempt: Attempt) -> None:
 
 
 class _Stopping:
-    """True once the job has been told to leave: USR2 before a time limit or preemption, or the first SIGTERM."""
+    """True once the job has to leave: USR2 before a time limit or preemption, SIGTERM, another job's claim."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.is_replaced = False
+        self.looked = time.monotonic()
+        self.watched: tuple[Path, str] | None = None
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -176,8 +184,16 @@ class _Stopping:
         self.asked = True
         os.write(1, f"{signal.Signals(number).name}: stopping after this step\n".encode())  # logging may be at work
 
+    def watch(self, folder: Path, token: str) -> None:
+        """Leave, too, when `folder` has come to wait for another token: two jobs must not write into it."""
+        self.watched = (folder, token)
+
     def __call__(self) -> bool:
-        return self.asked
+        if self.watched is not None and time.monotonic() - self.looked > CLAIM_S:
+            self.looked = time.monotonic()
+            job = record.read_job(self.watched[0])
+            self.is_replaced = job is not None and job.token != self.watched[1]
+        return self.asked or self.is_replaced
 
 
 def _controller_created() -> float:
