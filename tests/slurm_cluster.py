@@ -106,13 +106,9 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 def nothing_left(slurm_cluster: SlurmCluster) -> Iterator[None]:
     """After a test, whatever became of it: every service up, both nodes idle, no job in the queue."""
     yield
-    idle = ["sinfo", "--noheader", "--Node", "--format=%T"]
-    if not slurm_cluster.is_whole() or not set(slurm_cluster.run(*states).split()) <= {
-        "idle",
-        "mixed",
-        "allocated",
-        "completing",
-    }:
+    states = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    healthy = {"idle", "mixed", "allocated", "completing"}
+    if not slurm_cluster.is_whole() or not set(slurm_cluster.run(*states).split()) <= healthy:
         slurm_cluster.up()
     if slurm_cluster.run("squeue", "--noheader"):
         slurm_cluster.run("scancel", "--user=root")
