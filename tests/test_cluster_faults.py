@@ -388,14 +388,15 @@ def test_a_job_runs_the_code_it_was_queued_with_and_a_duplicate_touches_nothing(
         schedule.write_text(original + BROKEN)
         cluster.run("scancel", occupying)
         wait_until(lambda: training.step() >= INTERVAL, "the first steps", PATIENCE_S)
-        refused = training.checkout.pipeline("convert_imagenet", check=False)
-        assert refused.returncode == 1
-        assert f"cannot be converted anew while jobs read it (job {job} of train_classifier" in refused.stderr
-        (script,) = (training.folder / "jobs").glob("*submission*.sh")
-        duplicate = cluster.run("sbatch", "--parsable", str(script))
         schedule.write_text(original + BROKEN.replace("0.0", "1e3"))
         cluster.run("scancel", "--signal=USR2", job)
-        wait_until(lambda: training.resumes(), "the second attempt", PATIENCE_S)
+        (script,) = (training.folder / "jobs").glob("*submission*.sh")
+        duplicate = cluster.run("sbatch", "--parsable", str(script))
+        refused = training.checkout.pipeline("convert_imagenet", check=False)
+        assert refused.returncode == 1
+        assert f"cannot be converted anew while jobs read it (job {job} of train_classifier" in " ".join(
+            refused.stderr.split()
+        )
         training.finish(stage)
         assert training.weights() == undisturbed
         said = training.checkout.pipeline("why", "train_classifier", "poolformer_s12", "0").stdout
