@@ -63,7 +63,14 @@ def started(
 ) -> Iterator[subprocess.Popen[str]]:
     """A command in the background; at the end its jobs are cancelled, on which it ends."""
     process = subprocess.Popen(
-        command, cwd=checkout.folder, env=checkout.environment, stdout=output, text=True, bufsize=1
+        command,
+        cwd=checkout.folder,
+        env=checkout.environment,
+        stdout=output,
+        text=True,
+        bufsize=1,
+        # As from a terminal; a test run in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
