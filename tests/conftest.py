@@ -94,7 +94,7 @@ class Checkout:
             for key, value in os.environ.items()
             if not key.startswith(("SLURM_", "PIPELINE_", "MLFLOW_TRACKING"))
         }
-        self.environment["PYTHONUNBUFFERED"] = "1"
+        self.environment |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "250"}  # tables that do not wrap
         self.environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
 
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
