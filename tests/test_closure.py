@@ -146,6 +146,7 @@ def test_a_changed_constant_or_operator_makes_stale_just_what_reaches_it(
         ("train/schedule.py", "math.pi", "math.tau", {"train_classifier"}),
         ("data/native/resize.c", "0.5", "0.25", {"train_classifier", "evaluate_classifier", "evaluate_released"}),
         ("models/native/block.c", "LANES = 64", "LANES = 32", {"evaluate_classifier", "evaluate_segmenter"}),
+        ("metrics/accuracy.py", "topk", "sort", {"evaluate_classifier", "evaluate_released"}),
         ("metrics/segmentation.py", "bincount", "histc", {"evaluate_segmenter", "evaluate_released"}),
         ("launch/worker.py", "STALE_S = 60", "STALE_S = 61", set()),
         ("report/formats.py", '"Top-1, %"', '"Accuracy"', {"compare_with_paper"}),

