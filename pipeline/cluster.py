@@ -64,7 +64,7 @@ class Profile(Strict):
 
     @property
     def gpus(self) -> int:
-        """GPUs a node."""
+        """GPUs per node."""
         if self.gpus_per_node != "auto":
             return self.gpus_per_node
         return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
@@ -80,7 +80,7 @@ class Profile(Strict):
 
     @property
     def cpus(self) -> int:
-        """CPU cores a rank."""
+        """CPU cores per rank."""
         if self.cpus_per_task != "auto":
             return self.cpus_per_task
         return max(1, cores_here() // self.ranks_here)

@@ -61,7 +61,7 @@ class ClassificationTask:
             return self.share
         if group % self.share or self.global_batch_size % group:
             raise UserError(
-                f"a share of {self.share} images a rank does not fit groups of {group} for mixup: use a number of "
+                f"a share of {self.share} images per rank does not fit groups of {group} for mixup: use a number of "
                 f"ranks that makes the share a multiple or a divisor of {group}, or another mixup_group_size"
             )
         return group
