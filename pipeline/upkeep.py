@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from pipeline import paths
 from pipeline.config import Params
@@ -16,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.launch import record
 from pipeline.launch.fingerprint import Identity, Work
 from pipeline.launch.submission import Run, attach, find_run
+from pipeline.tracking.about import flat
 
 STAGES = ("train_classifier", "evaluate_classifier", "train_segmenter", "evaluate_segmenter")
 """Those whose runs have a folder and an identity."""
@@ -43,7 +43,7 @@ def why(params: Params, stage: str, variant: str, seed: int) -> str:
 def differences(before: Identity, now: Identity) -> list[str]:
     """Arguments by name, data by file, code by definition."""
     lines = []
-    old, new = _flat(before.arguments), _flat(now.arguments)
+    old, new = flat(before.arguments), flat(now.arguments)
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             lines.append(f"  parameter {name}: {old.get(name, 'not there')} -> {new.get(name, 'not there')}")
@@ -172,13 +172,6 @@ def _work(params: Params, stage: str, variant: str, seed: int) -> Work:
 
 def _size_bytes(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
 
 
 def _short(digest: str | None) -> str:

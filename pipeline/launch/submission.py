@@ -171,7 +171,7 @@ def refuse_while_read(betons: Sequence[Path]) -> None:
     wanted = {str(beton.absolute()) for beton in betons}
     found = []
     for file in sorted(paths.RUNS.glob("*/*/work.json")):
-        if wanted & set(record.read_work(file.parent)["betons"]) and (job := attach(file.parent)) is not None:
+        if wanted & set(record.read_work(file.parent).get("betons", ())) and (job := attach(file.parent)) is not None:
             found.append(f"job {job.job_id} of {file.parent.parent.name} {file.parent.name}")
     if found:
         raise UserError(

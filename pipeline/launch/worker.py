@@ -162,7 +162,7 @@ def _record_software(folder: Path, attempt: Attempt) -> None:
         if spec is not None and spec.origin is not None:
             now[library] = content_digest(Path(spec.origin))[:16]
     file = folder / "software.jsonl"
-    before = json.loads(file.read_text().splitlines()[-1]) if file.exists() else {}
+    before = (record.read_lines(file) or [{}])[-1]
     for name in sorted(before.keys() & now.keys()):
         if name != "attempt" and before[name] != now[name]:
             log.warning("%s is %s now; the attempt before ran %s", name, now[name], before[name])
