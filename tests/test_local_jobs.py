@@ -1,5 +1,6 @@
 """Jobs on this machine without Slurm: several ranks, a signal, the launcher's death, and the first error of several."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,29 @@ def test_a_local_launcher_killed_before_it_noted_its_job_is_followed(checkout: C
     assert not psutil.pid_exists(int(job["job_id"])) or (
         psutil.Process(int(job["job_id"])).status() == psutil.STATUS_ZOMBIE
     )
+
+
+def test_a_record_that_names_a_job_has_its_log(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher may be killed at any moment: before the record is written, the link is there."""
+    job = Job("local", "token", str(run_folder / "jobs"), {}, 0.0)
+    record.write_job(run_folder, job)
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", _killed_after(Path.replace))
+        with pytest.raises(KeyboardInterrupt):
+            record.write_job(run_folder, dataclasses.replace(job, job_id="4711"))
+    now = record.read_job(run_folder)
+    assert now is not None
+    assert now.job_id is None or (run_folder / "log.txt").is_symlink()
+    assert record.fill_in(run_folder, "token", "4711")
+    assert (run_folder / "log.txt").readlink() == Path("jobs/4711_0_log.out")
+
+
+def _killed_after(replace: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+    def killed(path: Path, target: Path) -> Path:
+        replace(path, target)
+        raise KeyboardInterrupt
+
+    return killed
 
 
 def test_ranks_meet_at_a_free_port_and_not_at_the_attempts_before(run_folder: Path) -> None:

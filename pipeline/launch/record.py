@@ -61,13 +61,17 @@ def read_job(folder: Path) -> Job | None:
 
 
 def write_job(folder: Path, job: Job) -> Job:
-    """Record `job`, with `log.txt` beside it as a link to its log."""
-    with paths.written_atomically(folder / "job.json") as temporary:
-        temporary.write_text(json.dumps(asdict(job)))
+    """Record `job`, with `log.txt` beside it as a link to its log.
+
+    The link comes first: a launcher killed between the two leaves a record without the id, which is filled in later.
+    """
     if job.job_id is not None:
         link = folder / f".log.{os.getpid()}"
+        link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(job.log, folder.absolute()))
         link.replace(folder / "log.txt")
+    with paths.written_atomically(folder / "job.json") as temporary:
+        temporary.write_text(json.dumps(asdict(job)))
     return job
 
 
