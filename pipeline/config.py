@@ -5,19 +5,27 @@ can change a result stands in `params.yaml`, where DVC sees it. Where a run exec
 workers) is no business of this file: see `pipeline.cluster`.
 """
 
-import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, unknown
+from pipeline.variants import VARIANTS, find_variant
 
-VARIANT_NAMES = ("poolformer_s12", "poolformer_s24", "poolformer_s36", "poolformer_m36", "poolformer_m48")
-Variant = Literal["poolformer_s12", "poolformer_s24", "poolformer_s36", "poolformer_m36", "poolformer_m48"]
+VARIANT_NAMES = tuple(VARIANTS)
 Precision = Literal["auto", "bf16", "fp32"]
+
+
+def check_variant(variant: str) -> str:
+    """Return `variant`, or raise UserError naming the valid ones."""
+    find_variant(variant)
+    return variant
+
+
+Variant = Annotated[str, AfterValidator(check_variant)]
 
 
 class Strict(BaseModel):
@@ -73,6 +81,15 @@ class ClassificationRecipe(Strict):
         """Peak learning rate (paper: batch / 1024 x 1e-3)."""
         return self.learning_rate_per_1024 * self.global_batch_size / 1024
 
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimiser steps in an epoch of so many images; the last ones, fewer than a global batch, are left out."""
+        return images // self.global_batch_size
+
+    def total_steps(self, images: int) -> int:
+        """Optimiser steps of the whole training on so many images."""
+        whole = (self.epochs + self.cooldown_epochs) * self.steps_per_epoch(images)
+        return min(whole, self.max_steps or whole)
+
     @model_validator(mode="after")
     def _epochs_fit(self) -> "ClassificationRecipe":
         if self.warmup_epochs >= self.epochs:
@@ -99,6 +116,11 @@ class SegmentationRecipe(Strict):
     horizontal_flip: float = Field(ge=0, le=1)
     photometric_distortion: bool
     precision: Precision = Field(description="'auto' is bf16 where the device computes it, else fp32")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return min(self.iterations, self.max_steps or self.iterations)
 
 
 class Classification(Strict):
@@ -219,13 +241,6 @@ def _sentence(model: type[Strict], fault: Any) -> str:
     return message if not key else f"{key!r} is {fault['input']!r}: {message}"
 
 
-def unknown(what: str, name: str, valid: Any) -> str:
-    """The sentence for a name that nobody knows, with the nearest and all valid ones."""
-    near = difflib.get_close_matches(name, list(valid), n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"unknown {what}{hint}; valid: {', '.join(valid)}"
-
-
 def load_params(path: Path) -> Params:
     """Read and check `params.yaml`.
 
@@ -241,10 +256,3 @@ def load_params(path: Path) -> Params:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     return validate(Params, data, str(path))
-
-
-def check_variant(variant: str) -> str:
-    """Return `variant`, or raise UserError naming the valid ones."""
-    if variant not in VARIANT_NAMES:
-        raise UserError(unknown(f"variant {variant!r}", variant, VARIANT_NAMES))
-    return variant

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from pipeline import paths
-from pipeline.config import Params, unknown, validate
-from pipeline.errors import UserError
+from pipeline.config import Params, validate
+from pipeline.errors import UserError, unknown
 
 
 def compose(overrides: list[str], target: Path = paths.PARAMS) -> None:

@@ -22,11 +22,6 @@ def code(stage: str) -> Path:
     return Path("data/code") / f"{stage}.json"
 
 
-def variant(name: str) -> Path:
-    """What tells a variant from the others."""
-    return Path("data/code/variants") / f"{name}.json"
-
-
 def listing(dataset: str, split: str) -> Path:
     """The checked list of one split's files, output of its prepare stage."""
     return LISTINGS / dataset / f"{split}.csv"

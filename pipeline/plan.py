@@ -136,9 +136,7 @@ def beton_bytes(params: Params, dataset: str, split: str) -> float:
 def _classifier(params: Params, variant: str) -> Iterator[Forecast]:
     recipe = params.classification.recipe_for(variant)
     rate = _rate(params, "classifier", variant)
-    steps_per_epoch = _images(params, "imagenet", "train") // recipe.global_batch_size
-    steps = (recipe.epochs + recipe.cooldown_epochs) * steps_per_epoch
-    images = min(steps, recipe.max_steps or steps) * recipe.global_batch_size
+    images = recipe.total_steps(_images(params, "imagenet", "train")) * recipe.global_batch_size
     gmacs = images * _classifier_gmacs(variant, recipe.image_size) * STEP_IN_FORWARD_PASSES
     evaluated = _evaluation_gmacs(params, "classifier", variant)
     disk = _training_bytes(numbers("table2_imagenet", label(variant))["params"])
@@ -152,7 +150,7 @@ def _classifier(params: Params, variant: str) -> Iterator[Forecast]:
 def _segmenter(params: Params, variant: str) -> Iterator[Forecast]:
     recipe = params.segmentation.recipe_for(variant)
     rate = _rate(params, "segmenter", variant)
-    images = min(recipe.iterations, recipe.max_steps or recipe.iterations) * recipe.global_batch_size
+    images = recipe.total_steps * recipe.global_batch_size
     gmacs = images * SEGMENTER_MACS_G[variant] * (recipe.crop_size / 512) ** 2 * STEP_IN_FORWARD_PASSES
     evaluated = _evaluation_gmacs(params, "segmenter", variant)
     disk = _training_bytes(numbers("table4_ade20k", label(variant))["params"])

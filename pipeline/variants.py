@@ -1,15 +1,20 @@
-"""What tells one PoolFormer from another (paper, section 4.1 and table 1): a row of variants.csv each.
+"""What tells one PoolFormer from another (paper, section 4.1 and table 1): an entry of variants.yaml each.
 
-The rows are data and no code: a result depends on the row of its own variant alone.
+The entries are parameters and no code: a result depends on the entry of its own variant alone.
 """
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError, unknown
 
 Four = tuple[int, int, int, int]
+FILE = Path(__file__).with_suffix(".yaml")
 
 
 @dataclass(frozen=True)
@@ -25,19 +30,26 @@ class Variant:
     """Side of the centre crop over the short side of the resized image, at test."""
 
 
-def _read() -> Mapping[str, Variant]:
-    with Path(__file__).with_suffix(".csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return MappingProxyType({row.pop("name"): _variant(**row) for row in rows})
+def _variant(blocks: list[int], widths: list[int], **numbers: Any) -> Variant:
+    return Variant(_four(blocks), _four(widths), **numbers)
 
 
-def _variant(blocks: str, widths: str, **numbers: str) -> Variant:
-    return Variant(_four(blocks), _four(widths), **{key: float(value) for key, value in numbers.items()})
-
-
-def _four(text: str) -> Four:
-    first, second, third, fourth = map(int, text.split())
+def _four(numbers: list[int]) -> Four:
+    first, second, third, fourth = numbers
     return first, second, third, fourth
 
 
-VARIANTS: Mapping[str, Variant] = _read()
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {name: _variant(**entry) for name, entry in yaml.safe_load(FILE.read_text()).items()}
+)
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of that name.
+
+    Raises:
+        UserError: there is none; the message has the valid names.
+    """
+    if name not in VARIANTS:
+        raise UserError(unknown(f"variant {name!r}", name, VARIANTS))
+    return VARIANTS[name]

@@ -84,8 +84,19 @@ def test_one_target_runs_by_its_name(finished: Checkout) -> None:
             "return 4 * self.learning_rate_per_1024 * self.global_batch_size / 1024",
             {"train_classifier@poolformer_s12-0", "compare_with_paper"},
         ),
+        ("variants.yaml", "\npoolformer_m48:", "\npoolformer_m60:", set()),
+        (
+            "variants.yaml",
+            "blocks: [2, 2, 6, 2]",
+            "blocks: [2, 2, 6, 3]",
+            {
+                f"{step}_{kind}@poolformer_s12-0"
+                for step in ("train", "evaluate")
+                for kind in ("classifier", "segmenter")
+            },
+        ),
     ],
-    ids=["a comment", "a column's heading", "the learning rate"],
+    ids=["a comment", "a column's heading", "the learning rate", "another variant", "this variant"],
 )
 def test_a_change_of_code_makes_stale_what_it_can_change(
     finished: Checkout, file: str, old: str, new: str, stages: set[str]
@@ -95,7 +106,7 @@ def test_a_change_of_code_makes_stale_what_it_can_change(
     assert before.count(old) >= 1
     path.write_text(before.replace(old, new))
     try:
-        assert stale(finished) == {"code"}
+        assert "code" in stale(finished)
         finished.run("dvc", "repro", "code")
         assert stale(finished) == stages
     finally:

@@ -73,10 +73,13 @@ def test_why_names_parameters_data_and_definitions(run: Run, monkeypatch: pytest
     assert "holds no run yet" in upkeep.why(params, "train_classifier", "poolformer_s12", 0)
     _claim_folder(run)
     changed = training(0.02)
-    paths.manifest(paths.beton("imagenet", "train")).write_text("sample_id,sha256\n0,cd\n1,ef\n")
+    rows = "".join(f"{index},cd\n" for index in range(32))
+    paths.manifest(paths.beton("imagenet", "train")).write_text(f"sample_id,sha256\n{rows}")
     said = upkeep.why(load_params(paths.PARAMS), "train_classifier", "poolformer_s12", 0)
     assert "parameter recipe.learning_rate_per_1024: 0.01 -> 0.02" in said
     assert "data data/beton/imagenet/train.beton.manifest.csv: " in said
+    assert "parameter peak_learning_rate: 0.0003125 -> 0.000625" in said
+    assert "parameter total_steps: 0 -> 5" in said
     assert "code" not in said
     assert identify(changed.work).code == run.identity.code
 

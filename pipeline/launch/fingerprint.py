@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class Work:
     The code that it reaches is part of its identity. `inputs` are files whose contents the result depends on, with a
     manifest in place of each .beton. `after` is another work that this one starts from. `watching` are further
     arguments, for what is looked at while the job runs: they change no result, and are no part of the fingerprint.
-    An argument `variant` stands for its row of variants.csv.
+    An argument `variant` stands for its entry of variants.yaml. `computed` gives values that follow from arguments and
+    inputs by a rule: part of the identity too, so that `why` names the peak learning rate and not its rule alone.
     """
 
     stage: str
@@ -35,6 +37,7 @@ class Work:
     inputs: tuple[Path, ...] = field(default=())
     after: "Upstream | None" = None
     watching: dict[str, Any] = field(default_factory=dict)
+    computed: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def identify(work: Work) -> Identity:
     arguments = dict(work.arguments)
     if "variant" in arguments:
         arguments["model"] = asdict(VARIANTS[arguments["variant"]])
+    arguments |= work.computed()
     return Identity(
         json.loads(json.dumps(arguments)),
         {str(path): content_digest(path) for path in work.inputs},

@@ -9,10 +9,8 @@ from timm.layers import GroupNorm1
 from timm.models.metaformer import MetaFormerBlock, MetaFormerStage, Pooling, Stem
 from torch import Tensor, nn
 
-from pipeline.config import unknown
-from pipeline.errors import UserError
 from pipeline.models.block import PoolFormerBlock
-from pipeline.variants import VARIANTS, Variant
+from pipeline.variants import find_variant
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -82,7 +80,7 @@ class PoolFormerClassifier(PoolFormer):
 
     def __init__(self, variant: str, num_classes: int, drop_path_rate: float) -> None:
         super().__init__(variant, drop_path_rate)
-        width = VARIANTS[variant].widths[-1]
+        width = find_variant(variant).widths[-1]
         # timm's names, so that its files and the optimiser's grouping find them.
         self.head = nn.ModuleDict({"norm": GroupNorm1(width, eps=1e-5), "fc": nn.Linear(width, num_classes)})
         init_truncated_normal(self.head["fc"])
@@ -109,13 +107,6 @@ def create_classifier(
     if drop_path_rate is None:
         drop_path_rate = find_variant(variant).drop_path_rate
     return PoolFormerClassifier(variant, num_classes, drop_path_rate)
-
-
-def find_variant(name: str) -> Variant:
-    """The variant of that name. Raises UserError, with the valid names, if there is none."""
-    if name in VARIANTS:
-        return VARIANTS[name]
-    raise UserError(unknown(f"model variant {name!r}", name, VARIANTS))
 
 
 def init_truncated_normal(layer: nn.Module) -> None:

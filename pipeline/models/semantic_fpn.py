@@ -12,8 +12,9 @@ from timm.layers import GroupNorm1
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from pipeline.models.poolformer import PoolFormer, find_variant
+from pipeline.models.poolformer import PoolFormer
 from pipeline.models.strict_loading import load_strict
+from pipeline.variants import find_variant
 
 NECK_CHANNELS = 256
 HEAD_CHANNELS = 128

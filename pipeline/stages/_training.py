@@ -1,5 +1,6 @@
 """What the two training stages share: a job that is watched and mirrored."""
 
+import csv
 import logging
 import time
 from pathlib import Path
@@ -66,6 +67,12 @@ def train(kind: Kind, params: Params, work: Work) -> None:
         if _describe(params, work):
             mirror.update(status(folder))
         catch_up(server)
+
+
+def samples(beton: Path) -> int:
+    """How many there are in a .beton, by its manifest: one row for each below the heading."""
+    with paths.manifest(beton).open(newline="") as file:
+        return sum(1 for _ in csv.reader(file)) - 1
 
 
 def _describe(params: Params, work: Work) -> bool:

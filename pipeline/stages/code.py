@@ -1,16 +1,14 @@
-"""Write down, for each stage, the code that its result depends on, and each variant: stages depend on these files.
+"""Write down, for each stage, the code that its result depends on; stages depend on these files.
 
 Reads   pipeline/, pyproject.toml
-Writes  data/code/{stage}.json, data/code/variants/{variant}.json
+Writes  data/code/{stage}.json
 """
 
 import json
-from dataclasses import asdict
 
 from pipeline import paths
 from pipeline.launch.closure import Closure
 from pipeline.launch.fingerprint import CODE_ROOT, JOIN
-from pipeline.variants import VARIANTS
 
 CLASSIFIER, SEGMENTER = "pipeline.tasks.classifier_evaluation:evaluate", "pipeline.tasks.segmenter_evaluation:evaluate"
 CALLS = {
@@ -33,6 +31,3 @@ def run() -> None:
         code = Closure(calls, CODE_ROOT)
         with paths.written_atomically(paths.code(stage)) as temporary:
             temporary.write_text(json.dumps({"digest": code.digest, "definitions": code.definitions}, indent=1) + "\n")
-    for variant, row in VARIANTS.items():
-        with paths.written_atomically(paths.variant(variant)) as temporary:
-            temporary.write_text(json.dumps(asdict(row)) + "\n")

@@ -5,12 +5,13 @@ Writes  models/classifier/{variant}-{seed}.pt, results/train_classifier/{variant
 """
 
 from pathlib import Path
+from typing import Any
 
 from pipeline import paths
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.stages._evaluation import validation_set
-from pipeline.stages._training import train
+from pipeline.stages._training import samples, train
 from pipeline.train import history
 
 
@@ -27,6 +28,12 @@ def work(params: Params, variant: str, seed: int) -> Work | None:
     if params.classification.weights == "released":
         return None
     beton = paths.beton("imagenet", "train")
+    recipe = params.classification.recipe_for(variant)
+
+    def computed() -> dict[str, Any]:
+        steps = recipe.total_steps(samples(beton))
+        return {"peak_learning_rate": recipe.learning_rate, "total_steps": steps}
+
     return Work(
         stage="train_classifier",
         name=f"{variant}-{seed}",
@@ -34,12 +41,13 @@ def work(params: Params, variant: str, seed: int) -> Work | None:
         arguments={
             "variant": variant,
             "seed": seed,
-            "recipe": params.classification.recipe_for(variant).model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
             "num_classes": params.imagenet.num_classes,
             "beton": str(beton),
         },
         inputs=(paths.manifest(beton),),
         watching={"validation": validation_set(params, variant)},
+        computed=computed,
     )
 
 

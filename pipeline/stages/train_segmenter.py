@@ -18,7 +18,7 @@ def run(params: Params, variant: str, seed: int) -> None:
 def work(params: Params, variant: str, seed: int) -> Work:
     """The training as a job, behind the classifier's; its fingerprint is known before there is a classifier."""
     beton, backbone = paths.beton("ade20k", "training"), paths.model("classifier", variant, seed)
-    classifier = train_classifier.work(params, variant, seed)
+    classifier, recipe = train_classifier.work(params, variant, seed), params.segmentation.recipe_for(variant)
     return Work(
         stage="train_segmenter",
         name=f"{variant}-{seed}",
@@ -26,7 +26,7 @@ def work(params: Params, variant: str, seed: int) -> Work:
         arguments={
             "variant": variant,
             "seed": seed,
-            "recipe": params.segmentation.recipe_for(variant).model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
             "num_classes": params.ade20k.num_classes,
             "beton": str(beton),
             "backbone": str(backbone),
@@ -34,4 +34,5 @@ def work(params: Params, variant: str, seed: int) -> Work:
         },
         inputs=(paths.manifest(beton),) if classifier is not None else (paths.manifest(beton), backbone),
         after=Upstream(classifier, "weights.pt", place=backbone, argument="backbone") if classifier else None,
+        computed=lambda: {"peak_learning_rate": recipe.learning_rate, "total_steps": recipe.total_steps},
     )

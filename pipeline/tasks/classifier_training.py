@@ -38,11 +38,10 @@ class ClassificationTask:
         with SeededInitialisation(seed):
             self.model: nn.Module = create_classifier(variant, num_classes, recipe.drop_path_rate)
         samples = int(open_beton(beton).num_samples)
-        self.steps_per_epoch = samples // recipe.global_batch_size
+        self.steps_per_epoch = recipe.steps_per_epoch(samples)
         if self.steps_per_epoch == 0:
             raise UserError(f"{beton} has {samples} images, fewer than one global batch of {recipe.global_batch_size}")
-        whole = (recipe.epochs + recipe.cooldown_epochs) * self.steps_per_epoch
-        self.total_steps = min(whole, recipe.max_steps or whole)
+        self.total_steps = recipe.total_steps(samples)
         self.mixing = (
             Mixing(recipe.mixup_alpha, recipe.cutmix_alpha, recipe.label_smoothing, num_classes)
             if recipe.mixup_alpha or recipe.cutmix_alpha

@@ -42,7 +42,7 @@ class SegmentationTask:
         load_released(classifier, backbone)
         model.load_backbone(classifier.state_dict())
         self.model: nn.Module = model
-        self.total_steps = min(recipe.iterations, recipe.max_steps or recipe.iterations)
+        self.total_steps = recipe.total_steps
         self.steps_per_epoch = max(
             1, int(open_beton(beton, fields=("image", "mask")).num_samples) // recipe.global_batch_size
         )
