@@ -7,6 +7,7 @@ import argparse
 import errno
 import importlib
 import logging
+import os
 import sys
 
 STAGES = {
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. An error of the user's is one line without a traceback."""
     options = _parser().parse_args(arguments)
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # as in a job: our FFCV operations call C; compiling takes seconds
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     from pipeline.errors import UserError
 

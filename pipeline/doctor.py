@@ -19,6 +19,7 @@ from pipeline.launch.check import check, try_job
 
 Level = Literal["ok", "note", "fault"]
 SIGNS: dict[Level, str] = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
+TESTED_PYTHONS = ("3.11", "3.12", "3.13")
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "dvc", "mlflow", "submitit")
 
 
@@ -51,8 +52,8 @@ def examine(*, verify: bool = False, test_job: bool = False) -> int:
 
 def _python() -> Iterator[Finding]:
     found = platform.python_version()
-    good = found.startswith("3.11.")
-    advice = "" if good else ": the lock file is made and tested for 3.11"
+    good = found.rpartition(".")[0] in TESTED_PYTHONS
+    advice = "" if good else f": the lock file is made and tested for {', '.join(TESTED_PYTHONS)}"
     yield Finding("ok" if good else "note", "Python", found + advice)
 
 

@@ -92,7 +92,7 @@ class Checkout:
         self.environment = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith(("SLURM_", "PIPELINE_", "MLFLOW_TRACKING"))
+            if not key.startswith(("SLURM_", "PIPELINE_", "MLFLOW_TRACKING", "PYTHONDONTWRITEBYTECODE"))
         }
         self.environment |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "250"}  # tables that do not wrap
         self.environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"

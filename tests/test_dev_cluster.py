@@ -140,12 +140,20 @@ def test_down_ends_what_up_started_and_nothing_else(slurm_cluster: SlurmCluster,
     keepers = [psutil.Process(slurm_cluster.pid(name)).parent() for name in ("munged", "slurmctld", "n1", "n2")]
     slurm_cluster.submit(tmp_path, "touch started; exec srun sleep 1000", "--nodes=2")
     wait_until((tmp_path / "started").exists, "the job's start")
-    ours = [p for keeper in keepers if keeper for p in (keeper, *keeper.children(recursive=True))]
-    assert any("sleep" in process.name() for process in ours)
+
+    def ours() -> list[psutil.Process]:
+        return [p for keeper in keepers if keeper for p in (keeper, *keeper.children(recursive=True))]
+
+    def has_started() -> bool:
+        sleeping = {process.pid for process in psutil.process_iter(["name"]) if process.info["name"] == "sleep"}
+        return not sleeping.isdisjoint(process.pid for process in ours())
+
+    wait_until(has_started, "the job's step")
+    before = ours()
     bystander = subprocess.Popen(["sleep", "1000"], env=slurm_cluster.environment)
     try:
         assert dev_cluster("down").returncode == 0
-        assert [process for process in ours if is_alive(process.pid)] == []
+        assert [process for process in before if is_alive(process.pid)] == []
         assert bystander.poll() is None
         assert not STATE.exists()
         assert "dev_cluster" not in Path("/etc/hosts").read_text()
