@@ -24,7 +24,7 @@ from pipeline.cluster import Split, load_profile
 from pipeline.config import load_params
 from pipeline.data.convert import convert_image_folder
 from pipeline.paths import DEFAULT_CLUSTER
-from pipeline.tasks.classifier_training import ClassificationTask
+from pipeline.tasks.classification.training import ClassificationTask
 from pipeline.train.loop import train
 from pipeline.train.task import Step
 

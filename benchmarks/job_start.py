@@ -72,7 +72,7 @@ def _job(run: Path) -> None:
     from pipeline import world as ranks
     from pipeline.cluster import load_profile
     from pipeline.paths import DEFAULT_CLUSTER
-    from pipeline.tasks.classifier_training import train
+    from pipeline.tasks.classification.training import train
 
     profile = load_profile(DEFAULT_CLUSTER)
     with ranks.join(0, 1, 0, profile.cpus) as world:

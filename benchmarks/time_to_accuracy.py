@@ -20,7 +20,8 @@ from pipeline import world as ranks
 from pipeline.cluster import load_profile
 from pipeline.errors import UserError
 from pipeline.paths import DEFAULT_CLUSTER
-from pipeline.tasks import classifier_evaluation, classifier_training
+from pipeline.tasks.classification import evaluation as classifier_evaluation
+from pipeline.tasks.classification import training as classifier_training
 
 VARIANT = "poolformer_s12"
 

@@ -93,7 +93,7 @@ def _prepare(folder: Path) -> float:
 
 
 def _mirror_until_done(folder: Path, child: subprocess.Popen[str]) -> None:
-    from pipeline.stages._training import SHOW_EVERY_S
+    from pipeline.tracking.follow import SHOW_EVERY_S
     from pipeline.tracking.mirror import Mirror
     from pipeline.tracking.server import Server
 

@@ -1,28 +1,176 @@
-"""The command line: `python -m pipeline <stage> [variant] [seed]`, and compose, plan, doctor, cancel, sync, show.
+"""The command line: `python -m pipeline <stage> [variant] [seed]`, and the commands below.
 
 Heavy imports happen inside the commands, so that `--help` and a wrong word answer at once.
 """
 
 import argparse
 import errno
-import importlib
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 
-STAGES = {
-    "code": (),
-    "prepare_imagenet": (),
-    "prepare_ade20k": (),
-    "convert_imagenet": (),
-    "convert_ade20k": (),
-    "train_classifier": ("variant", "seed"),
-    "evaluate_classifier": ("variant", "seed"),
-    "train_segmenter": ("variant", "seed"),
-    "evaluate_segmenter": ("variant", "seed"),
-    "evaluate_released": ("variant",),
-    "compare_with_paper": (),
+from pipeline import paths
+from pipeline.catalogue import DATA_SETS, TASKS
+from pipeline.config import check_variant, load_params
+from pipeline.errors import UserError
+
+Options = argparse.Namespace
+RUN_STAGES = [stage for task in TASKS.values() for stage in (task.training_stage, task.evaluation_stage)]
+"""Those with a run folder for each variant and seed."""
+
+
+def _code(_: Options) -> int:
+    from pipeline.stages import code
+
+    code.run()  # needs no parameters
+    return 0
+
+
+def _prepare(options: Options, data: str) -> int:
+    from pipeline.stages import prepare
+
+    prepare.run(load_params(paths.PARAMS), DATA_SETS[data])
+    return 0
+
+
+def _convert(options: Options, data: str) -> int:
+    from pipeline.stages import convert
+
+    convert.run(load_params(paths.PARAMS), DATA_SETS[data])
+    return 0
+
+
+def _train(options: Options, task: str) -> int:
+    from pipeline.stages import train
+
+    train.run(load_params(paths.PARAMS), TASKS[task], check_variant(options.variant), options.seed)
+    return 0
+
+
+def _evaluate(options: Options, task: str) -> int:
+    from pipeline.stages import evaluate
+
+    evaluate.run(load_params(paths.PARAMS), TASKS[task], check_variant(options.variant), options.seed)
+    return 0
+
+
+def _evaluate_released(options: Options) -> int:
+    from pipeline.stages import evaluate_released
+
+    evaluate_released.run(load_params(paths.PARAMS), check_variant(options.variant))
+    return 0
+
+
+def _compare_with_paper(_: Options) -> int:
+    from pipeline.stages import compare_with_paper
+
+    compare_with_paper.run(load_params(paths.PARAMS))
+    return 0
+
+
+STAGES: dict[str, tuple[Callable[[Options], int], tuple[str, ...]]] = {
+    "code": (_code, ()),
+    **{f"prepare_{name}": (partial(_prepare, data=name), ()) for name in DATA_SETS},
+    **{f"convert_{name}": (partial(_convert, data=name), ()) for name in DATA_SETS},
+    **{task.training_stage: (partial(_train, task=name), ("variant", "seed")) for name, task in TASKS.items()},
+    **{task.evaluation_stage: (partial(_evaluate, task=name), ("variant", "seed")) for name, task in TASKS.items()},
+    "evaluate_released": (_evaluate_released, ("variant",)),
+    "compare_with_paper": (_compare_with_paper, ()),
 }
+"""What each stage of dvc.yaml runs, and its arguments."""
+
+
+def _compose(options: Options) -> int:
+    from pipeline.experiments import compose
+
+    compose(options.overrides)
+    return 0
+
+
+def _plan(options: Options) -> int:
+    from rich.console import Console
+
+    from pipeline import plan
+
+    plan.show(Console(width=max(110, Console().width)), options.price)
+    return 0
+
+
+def _doctor(options: Options) -> int:
+    from pipeline.doctor import examine
+
+    return examine(verify=options.verify, test_job=options.test_job)
+
+
+def _jobs(_: Options) -> int:
+    from pipeline.launch.listing import show_jobs
+
+    show_jobs()
+    return 0
+
+
+def _cancel(options: Options) -> int:
+    from pipeline.launch.submission import cancel
+
+    for name in options.name:
+        print(f"ended job {cancel(options.stage, name)} of {name}; `dvc repro` goes on from its last checkpoint")
+    return 0
+
+
+def _variant_and_seed(words: list[str]) -> tuple[str, int]:
+    variant, _, seed = "-".join(words).rpartition("-")
+    if not seed.isdigit():
+        raise UserError(f"{' '.join(words)} is no variant and seed, as poolformer_s12 0")
+    return check_variant(variant), int(seed)
+
+
+def _why(options: Options) -> int:
+    from pipeline import upkeep
+
+    print(upkeep.why(load_params(paths.PARAMS), options.stage, *_variant_and_seed(options.name)))
+    return 0
+
+
+def _adopt(options: Options) -> int:
+    from pipeline import upkeep
+
+    run = _variant_and_seed(options.name)
+    print(upkeep.adopt(load_params(paths.PARAMS), options.stage, *run, options.because))
+    return 0
+
+
+def _clean(options: Options) -> int:
+    from pipeline import upkeep
+
+    return upkeep.clean(yes=options.yes)
+
+
+def _sync(_: Options) -> int:
+    from pipeline.tracking.server import Server
+    from pipeline.tracking.sync import sync
+
+    left = sync(Server())
+    print(f"{left} run folders are not in MLflow yet" if left else "MLflow has everything in runs/")
+    return 1 if left else 0
+
+
+def _views(options: Options) -> int:
+    from pipeline.tracking.comparison import views
+
+    for name, path in views().items():
+        print(f"{name}: {options.dashboard}/#{path}")
+    return 0
+
+
+def _show(_: Options) -> int:
+    from rich.console import Console
+
+    from pipeline.report import print_tables
+
+    print_tables(paths.REPORTS, Console())
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,36 +179,39 @@ def _parser() -> argparse.ArgumentParser:
         description="Reproduce 'MetaFormer Is Actually What You Need for Vision'; `dvc repro` runs the stages.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for stage, arguments in STAGES.items():
-        command = commands.add_parser(stage, help="a stage of dvc.yaml")
+
+    def add(name: str, run: Callable[[Options], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        return command
+
+    for stage, (run, arguments) in STAGES.items():
+        command = add(stage, run, "a stage of dvc.yaml")
         for argument in arguments:
             command.add_argument(argument, type=int if argument == "seed" else str)
-    compose = commands.add_parser("compose", help="write params.yaml from experiments/")
+    compose = add("compose", _compose, "write params.yaml from experiments/")
     compose.add_argument("overrides", nargs="*", help="Hydra overrides, as scale=paper or seeds=[0,1,2]")
-    plan = commands.add_parser("plan", help="GPU-hours, disk and end time of every stage, before anything runs")
+    plan = add("plan", _plan, "GPU-hours, disk and end time of every stage, before anything runs")
     plan.add_argument("--price", type=float, help="of one GPU-hour, in any currency: adds the cost")
-    doctor = commands.add_parser("doctor", help="what is there, what is missing, what to do")
+    doctor = add("doctor", _doctor, "what is there, what is missing, what to do")
     doctor.add_argument("--verify", action="store_true", help="check each sample of each .beton against its manifest")
     doctor.add_argument("--test-job", action="store_true", help="submit a job of a minute that tries the cluster")
-    commands.add_parser("jobs", help="the jobs that wait or run: state, node, progress, time left")
-    cancel = commands.add_parser("cancel", help="end the jobs of one or more runs; their checkpoints stay")
-    cancel.add_argument("stage", choices=[stage for stage, arguments in STAGES.items() if "seed" in arguments])
+    add("jobs", _jobs, "the jobs that wait or run: state, node, progress, time left")
+    cancel = add("cancel", _cancel, "end the jobs of one or more runs; their checkpoints stay")
+    why = add("why", _why, "what differs between a run and the one that would be made now")
+    adopt = add("adopt", _adopt, "state that a run is the result of what is here now, too")
+    for command in (cancel, why, adopt):
+        command.add_argument("stage", choices=RUN_STAGES)
     cancel.add_argument("name", nargs="+", help="as poolformer_s12-0")
-    for word, text in (
-        ("why", "what differs between a run and the one that would be made now"),
-        ("adopt", "state that a run is the result of what is here now, too"),
-    ):
-        command = commands.add_parser(word, help=text)
-        command.add_argument("stage", choices=[stage for stage, arguments in STAGES.items() if "seed" in arguments])
+    for command in (why, adopt):
         command.add_argument("name", nargs="+", metavar="variant seed", help="as poolformer_s12 0, or poolformer_s12-0")
-        if word == "adopt":
-            command.add_argument("--because", required=True, help="why the result is the same; the report says so")
-    clean = commands.add_parser("clean", help="list runs put aside and unused copies of code, ask, delete")
+    adopt.add_argument("--because", required=True, help="why the result is the same; the report says so")
+    clean = add("clean", _clean, "list runs put aside and unused copies of code, ask, delete")
     clean.add_argument("--yes", action="store_true", help="do not ask")
-    commands.add_parser("sync", help="send MLflow what it lacks of runs/")
-    views = commands.add_parser("views", help="addresses of the tables in MLflow's dashboard")
+    add("sync", _sync, "send MLflow what it lacks of runs/")
+    views = add("views", _views, "addresses of the tables in MLflow's dashboard")
     views.add_argument("dashboard", help="as http://127.0.0.1:5000")
-    commands.add_parser("show", help="print the tables of reports/")
+    add("show", _show, "print the tables of reports/")
     return parser
 
 
@@ -69,10 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # as in a job: our FFCV operations call C; compiling takes seconds
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    from pipeline.errors import UserError
-
     try:
-        return _run(options)
+        return int(options.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
@@ -80,89 +229,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error.filename or 'disk'}: {error.strerror}: free some space and start again", file=sys.stderr)
     return 1
-
-
-def _run(options: argparse.Namespace) -> int:
-    from pipeline import paths
-
-    if options.command == "compose":
-        from pipeline.experiments import compose
-
-        compose(options.overrides)
-        return 0
-    if options.command == "plan":
-        from rich.console import Console
-
-        from pipeline import plan
-
-        plan.show(Console(width=max(110, Console().width)), options.price)
-        return 0
-    if options.command == "doctor":
-        from pipeline.doctor import examine
-
-        return examine(verify=options.verify, test_job=options.test_job)
-    if options.command == "jobs":
-        from pipeline.launch.listing import show_jobs
-
-        show_jobs()
-        return 0
-    if options.command == "cancel":
-        from pipeline.launch.submission import cancel
-
-        for name in options.name:
-            print(f"ended job {cancel(options.stage, name)} of {name}; `dvc repro` goes on from its last checkpoint")
-        return 0
-    if options.command in ("why", "adopt", "clean"):
-        return _keep_up(options)
-    if options.command == "sync":
-        from pipeline.stages._sync import sync
-        from pipeline.tracking.server import Server
-
-        left = sync(Server())
-        print(f"{left} run folders are not in MLflow yet" if left else "MLflow has everything in runs/")
-        return 1 if left else 0
-    if options.command == "views":
-        from pipeline.tracking.comparison import views
-
-        for name, path in views().items():
-            print(f"{name}: {options.dashboard}/#{path}")
-        return 0
-    if options.command == "show":
-        from rich.console import Console
-
-        from pipeline.report import print_tables
-
-        print_tables(paths.REPORTS, Console())
-        return 0
-
-    if options.command == "code":  # needs no parameters
-        from pipeline.stages import code
-
-        code.run()
-        return 0
-    from pipeline.config import check_variant, load_params
-
-    if "variant" in options:
-        check_variant(options.variant)
-    params = load_params(paths.PARAMS)
-    stage = importlib.import_module(f"pipeline.stages.{options.command}")
-    stage.run(params, *(getattr(options, name) for name in STAGES[options.command]))
-    return 0
-
-
-def _keep_up(options: argparse.Namespace) -> int:
-    from pipeline import paths, upkeep
-    from pipeline.config import check_variant, load_params
-    from pipeline.errors import UserError
-
-    if options.command == "clean":
-        return upkeep.clean(yes=options.yes)
-    variant, _, seed = "-".join(options.name).rpartition("-")
-    if not seed.isdigit():
-        raise UserError(f"{' '.join(options.name)} is no variant and seed, as poolformer_s12 0")
-    run = (load_params(paths.PARAMS), options.stage, check_variant(variant), int(seed))
-    print(upkeep.why(*run) if options.command == "why" else upkeep.adopt(*run, options.because))
-    return 0
 
 
 if __name__ == "__main__":

@@ -81,6 +81,11 @@ class ClassificationRecipe(Strict):
         """Peak learning rate (paper: batch / 1024 x 1e-3)."""
         return self.learning_rate_per_1024 * self.global_batch_size / 1024
 
+    @property
+    def input_px(self) -> int:
+        """Side of the images that the model is trained on."""
+        return self.image_size
+
     def steps_per_epoch(self, images: int) -> int:
         """Optimiser steps in an epoch of so many images; the last ones, fewer than a global batch, are left out."""
         return images // self.global_batch_size
@@ -117,10 +122,14 @@ class SegmentationRecipe(Strict):
     photometric_distortion: bool
     precision: Precision = Field(description="'auto' is bf16 where the device computes it, else fp32")
 
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole training."""
+    def total_steps(self, images: int) -> int:
+        """Optimiser steps of the whole training, whatever the number of images."""
         return min(self.iterations, self.max_steps or self.iterations)
+
+    @property
+    def input_px(self) -> int:
+        """Side of the images that the model is trained on."""
+        return self.crop_size
 
 
 class Classification(Strict):

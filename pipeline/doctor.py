@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import cluster, paths, plan
+from pipeline.catalogue import DATA_SETS, TASKS
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.launch.check import check, try_job
+from pipeline.tasks.description import load
 
 Level = Literal["ok", "note", "fault"]
 SIGNS: dict[Level, str] = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
@@ -126,41 +128,42 @@ def _disk(params: Params) -> Iterator[Finding]:
 
 
 def _data(params: Params) -> Iterator[Finding]:
-    ade20k_parts = tuple(f"{kind}/{split}" for split in params.ade20k.splits for kind in ("images", "annotations"))
-    for name, source, root, parts in (
-        ("ImageNet", params.imagenet.source, Path(params.imagenet.root), tuple(params.imagenet.splits)),
-        ("ADE20K", params.ade20k.source, Path(params.ade20k.root), ade20k_parts),
-    ):
-        if source in ("digits", "scenes"):
-            yield Finding("ok", name, f"handwritten digits, written to {root} by the prepare stage")
+    for data in DATA_SETS.values():
+        section = data.section(params)
+        root = Path(section.root)
+        parts = [part for split in section.splits for part in data.splits[split].folders]
+        if section.source != "folder":
+            yield Finding("ok", data.title, f"handwritten digits, written to {root} by the prepare stage")
         elif missing := [part for part in parts if not (root / part).is_dir()]:
-            text = f"{root}/{missing[0]} is missing: put the data there, or link it, or set {name.lower()}.root"
-            yield Finding("fault", name, text)
+            text = f"{root}/{missing[0]} is missing: put the data there, or link it, or set {data.name}.root"
+            yield Finding("fault", data.title, text)
         else:
-            yield Finding("ok", name, str(root))
+            yield Finding("ok", data.title, str(root))
 
 
 def _split(params: Params) -> Iterator[Finding]:
     profile = cluster.load_profile(paths.cluster_profile())
-    for task, section in (("classification", params.classification), ("segmentation", params.segmentation)):
-        for variant in section.train[:1]:
-            batch = section.recipe_for(variant).global_batch_size
-            accumulates = task == "classification"
-            split = cluster.split(batch, profile.world_size, profile.max_images_per_device, accumulates=accumulates)
+    for task in TASKS.values():
+        for variant in task.variants(params)[:1]:
+            batch = task.params(params).recipe_for(variant).global_batch_size
+            split = cluster.split(
+                batch, profile.world_size, profile.max_images_per_device, accumulates=task.accumulates
+            )
             text = f"batch {batch} = {profile.world_size} ranks x {split.accumulation} x {split.micro_batch_size}"
-            yield Finding("ok", task, text)
+            yield Finding("ok", task.section, text)
 
 
 def _released(params: Params) -> Iterator[Finding]:
-    from pipeline.models.released_weights import RELEASED_CLASSIFIERS, RELEASED_SEGMENTERS, find_released
+    from pipeline.models.released_weights import find_released
 
     folder = Path(params.released.folder)
-    for names in (RELEASED_CLASSIFIERS, RELEASED_SEGMENTERS):
+    for task in TASKS.values():
+        names = load(task.released)
         found = find_released(folder, names)
         for variant in params.released.variants:
             there = variant in found
             text = "there" if there else f"not in {folder}: its row will say missing (see released/README.md)"
-            yield Finding("ok" if there else "note", names[variant], text)
+            yield Finding("ok" if there else "note", names.get(variant, variant), text)
 
 
 def _betons() -> Iterator[Finding]:

@@ -19,30 +19,17 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import cluster, paths
+from pipeline.catalogue import DATA_SETS, TASKS
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.paper import label, numbers
+from pipeline.tasks.classification.description import CLASSIFIER
+from pipeline.tasks.description import DataSet, Task
+from pipeline.variants import VARIANTS
 
 GUIDE_IMAGES = 310 * 1_281_167
 """Images that the cost guide's GPU-hours are for: 310 epochs of ImageNet, at 224 px."""
-SEGMENTER_MACS_G = {
-    "poolformer_s12": 31.02, "poolformer_s24": 39.33, "poolformer_s36": 47.63, "poolformer_m36": 67.72,
-    "poolformer_m48": 82.29,
-}  # fmt: skip
-"""Multiply-adds of a 512 x 512 image, by `pipeline.metrics.count_macs`."""
-MEAN_ASPECT = 4 / 3
-"""Of ADE20K's images."""
-BYTES_BY_SPLIT = {
-    ("imagenet", "train"): 147.9e9, ("imagenet", "val"): 6.7e9, ("ade20k", "training"): 0.9e9,
-    ("ade20k", "validation"): 0.1e9,
-}  # fmt: skip
-"""ILSVRC2012's two archives, and ADEChallengeData2016's shared out by images, where no listing is there yet."""
-IMAGES_BY_SPLIT = {
-    ("imagenet", "train"): 1_281_167, ("imagenet", "val"): 50_000, ("ade20k", "training"): 20_210,
-    ("ade20k", "validation"): 2_000,
-}  # fmt: skip
-COMPACT_SHARE = 0.4
-"""Size of a compact .beton beside the original one, roughly."""
+REFERENCE = "poolformer_s12"
 STEP_IN_FORWARD_PASSES = 3
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """Weights and AdamW's two moments, float32. Two checkpoints are kept while a run goes on."""
@@ -104,16 +91,16 @@ def show(console: Console, price_per_gpu_hour: float | None) -> None:
 
 def forecast(params: Params) -> Iterator[Forecast]:
     """A row for each stage that takes time or space, in the graph's order."""
-    for dataset, splits in (("imagenet", params.imagenet.splits), ("ade20k", params.ade20k.splits)):
-        size = sum(beton_bytes(params, dataset, split) for split in splits)
-        yield Forecast(f"convert_{dataset}", 0.0, size, "no GPU")
-    for variant in params.classification.train:
-        yield from _classifier(params, variant)
-        if variant in params.segmentation.train:
-            yield from _segmenter(params, variant)
+    for data in DATA_SETS.values():
+        size = sum(beton_bytes(params, data, split) for split in data.section(params).splits)
+        yield Forecast(f"convert_{data.name}", 0.0, size, "no GPU")
+    for variant in VARIANTS:
+        for task in TASKS.values():
+            if variant in task.variants(params):
+                yield from _runs(params, task, variant)
     for variant in params.released.variants:
-        rate = _rate(params, "classifier", variant)
-        macs = _evaluation_gmacs(params, "classifier", variant) + _evaluation_gmacs(params, "segmenter", variant)
+        rate = _rate(params, CLASSIFIER, variant)
+        macs = sum(_evaluation_gmacs(params, task, variant) for task in TASKS.values())
         yield Forecast(f"evaluate_released@{variant}", macs * rate.seconds_per_gmac / 3600, 0, rate.basis)
 
 
@@ -126,83 +113,64 @@ def disk_bytes_to_come(params: Params) -> float:
         return 0.0
 
 
-def beton_bytes(params: Params, dataset: str, split: str) -> float:
+def beton_bytes(params: Params, data: DataSet, split: str) -> float:
     """Size of one split's .beton: its images' bytes as listed, else the published data set's."""
-    images, listed_bytes = _listed(paths.listing(dataset, split).absolute())
-    size = float(listed_bytes) if images else BYTES_BY_SPLIT[dataset, split]
-    return size * (COMPACT_SHARE if dataset == "imagenet" and params.imagenet.storage == "compact" else 1)
+    images, listed_bytes = _listed(paths.listing(data.name, split).absolute())
+    size = float(listed_bytes) if images else data.splits[split].size_bytes
+    return size * data.beton_share(data.section(params))
 
 
-def _classifier(params: Params, variant: str) -> Iterator[Forecast]:
-    recipe = params.classification.recipe_for(variant)
-    rate = _rate(params, "classifier", variant)
-    images = recipe.total_steps(_images(params, "imagenet", "train")) * recipe.global_batch_size
-    gmacs = images * _classifier_gmacs(variant, recipe.image_size) * STEP_IN_FORWARD_PASSES
-    evaluated = _evaluation_gmacs(params, "classifier", variant)
-    disk = _training_bytes(numbers("table2_imagenet", label(variant))["params"])
+def _runs(params: Params, task: Task, variant: str) -> Iterator[Forecast]:
+    recipe = task.params(params).recipe_for(variant)
+    rate = _rate(params, task, variant)
+    images = recipe.total_steps(_images(params, task.data, task.data.training)) * recipe.global_batch_size
+    gmacs = images * task.forward_gmacs(variant, recipe.input_px) * STEP_IN_FORWARD_PASSES
+    evaluated = _evaluation_gmacs(params, task, variant)
+    disk = _training_bytes(task.parameters(params, variant))
     for seed in params.seeds:
         name = f"{variant}-{seed}"
-        if params.classification.weights == "trained":
-            yield Forecast(f"train_classifier@{name}", gmacs * rate.seconds_per_gmac / 3600, disk, rate.basis)
-        yield Forecast(f"evaluate_classifier@{name}", evaluated * rate.seconds_per_gmac / 3600, 0, rate.basis)
+        if not task.takes_released(params):
+            hours = gmacs * rate.seconds_per_gmac / 3600
+            yield Forecast(f"{task.training_stage}@{name}", hours, disk, rate.basis)
+        yield Forecast(f"{task.evaluation_stage}@{name}", evaluated * rate.seconds_per_gmac / 3600, 0, rate.basis)
 
 
-def _segmenter(params: Params, variant: str) -> Iterator[Forecast]:
-    recipe = params.segmentation.recipe_for(variant)
-    rate = _rate(params, "segmenter", variant)
-    images = recipe.total_steps * recipe.global_batch_size
-    gmacs = images * SEGMENTER_MACS_G[variant] * (recipe.crop_size / 512) ** 2 * STEP_IN_FORWARD_PASSES
-    evaluated = _evaluation_gmacs(params, "segmenter", variant)
-    disk = _training_bytes(numbers("table4_ade20k", label(variant))["params"])
-    for seed in params.seeds:
-        name = f"{variant}-{seed}"
-        yield Forecast(f"train_segmenter@{name}", gmacs * rate.seconds_per_gmac / 3600, disk, rate.basis)
-        yield Forecast(f"evaluate_segmenter@{name}", evaluated * rate.seconds_per_gmac / 3600, 0, rate.basis)
-
-
-def _rate(params: Params, kind: str, variant: str) -> Rate:
-    if kind == "classifier":
-        size = params.classification.recipe_for(variant).image_size
-        gmacs = _classifier_gmacs(variant, size)
-    else:
-        size = params.segmentation.recipe_for(variant).crop_size
-        gmacs = SEGMENTER_MACS_G[variant] * (size / 512) ** 2
-    for file in sorted((paths.RESULTS / f"train_{kind}").glob(f"{variant}-*.cost.json")):
+def _rate(params: Params, task: Task, variant: str) -> Rate:
+    """From a training of this variant here, else from that of the task it starts from, else from the cost guide."""
+    size = task.params(params).recipe_for(variant).input_px
+    gmacs = task.forward_gmacs(variant, size)
+    for file in sorted((paths.RESULTS / task.training_stage).glob(f"{variant}-*.cost.json")):
         cost = json.loads(file.read_text())
         if cost.get("image_size") == size:
             seconds = cost["ranks"] / cost["images_per_s"]
             where = f"{cost['images_per_s']:.0f} images/s measured on {cost['ranks']} x {cost['device']}"
             return Rate(seconds / gmacs / STEP_IN_FORWARD_PASSES, where, True)
-    if kind == "segmenter" and (rate := _rate(params, "classifier", variant)).is_measured:
-        return Rate(rate.seconds_per_gmac, f"scaled from the classifier's {rate.basis}", True)
-    seconds = numbers("training_cost", label(variant))["gpu_hours"] * 3600 / GUIDE_IMAGES
-    per_gmac = seconds / _classifier_gmacs(variant, 224) / STEP_IN_FORWARD_PASSES
-    return Rate(per_gmac, "cost guide, RTX 3090" + (", scaled" if kind == "segmenter" else ""), False)
+    if task.starts_from is not None:
+        rate = _rate(params, task.starts_from, variant)
+        if not rate.is_measured:
+            return Rate(rate.seconds_per_gmac, f"{rate.basis}, scaled", False)
+        return Rate(rate.seconds_per_gmac, f"scaled from the {task.starts_from.name}'s {rate.basis}", True)
+    guide = numbers("training_cost", label(variant)).get("gpu_hours")
+    basis = "cost guide, RTX 3090"
+    if guide is None:  # a variant that the guide lacks: by the multiply-adds of one that it has
+        variant, basis = REFERENCE, f"{basis}, scaled from {label(REFERENCE)}"
+        guide = numbers("training_cost", label(variant))["gpu_hours"]
+    per_gmac = guide * 3600 / GUIDE_IMAGES / task.forward_gmacs(variant, 224) / STEP_IN_FORWARD_PASSES
+    return Rate(per_gmac, basis, False)
 
 
-def _classifier_gmacs(variant: str, image_size: int) -> float:
-    return numbers("table2_imagenet", label(variant))["macs"] * (image_size / 224) ** 2
+def _evaluation_gmacs(params: Params, task: Task, variant: str) -> float:
+    return _images(params, task.data, task.data.evaluation) * task.evaluation_gmacs(params, variant)
 
 
-def _evaluation_gmacs(params: Params, kind: str, variant: str) -> float:
-    if kind == "classifier":
-        images = _images(params, "imagenet", "val")
-        return images * _classifier_gmacs(variant, params.evaluation.classification.image_size)
-    settings = params.evaluation.segmentation
-    long, short = settings.scale
-    passes = 2 * (1 + sum(2 * ratio**2 for ratio in settings.multi_scale_ratios))  # plain and aligned, each mirrored
-    area = short * min(long, short * MEAN_ASPECT)
-    return _images(params, "ade20k", "validation") * passes * SEGMENTER_MACS_G[variant] * area / 512**2
-
-
-def _images(params: Params, dataset: str, split: str) -> int:
-    images, _ = _listed(paths.listing(dataset, split).absolute())
+def _images(params: Params, data: DataSet, split: str) -> int:
+    images, _ = _listed(paths.listing(data.name, split).absolute())
     if images:
         return images
-    data = params.imagenet if dataset == "imagenet" else params.ade20k
-    if data.source != "folder":
-        raise UserError("the demo's images are not written yet: run `dvc repro prepare_imagenet prepare_ade20k` first")
-    return IMAGES_BY_SPLIT[dataset, split]
+    if data.section(params).source != "folder":
+        stages = " ".join(f"prepare_{name}" for name in DATA_SETS)
+        raise UserError(f"the demo's images are not written yet: run `dvc repro {stages}` first")
+    return data.splits[split].images
 
 
 @cache
@@ -214,9 +182,9 @@ def _listed(file: Path) -> tuple[int, int]:
     return len(sizes), int(sizes.sum())
 
 
-def _training_bytes(millions: float) -> float:
+def _training_bytes(parameters: int) -> float:
     """Weights in the run folder and in place, and the checkpoints of a run that goes on."""
-    return millions * 1e6 * (2 * 4 + 2 * CHECKPOINT_BYTES_PER_PARAMETER)
+    return parameters * (2 * 4 + 2 * CHECKPOINT_BYTES_PER_PARAMETER)
 
 
 def _longest_chain(forecasts: list[Forecast]) -> float:

@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from pipeline.errors import UserError
 from pipeline.launch import record
 from pipeline.launch.fingerprint import Identity, Work
 from pipeline.launch.submission import Run, attach, find_run
+from pipeline.launch.works import of_stage
 from pipeline.tracking.about import flat
-
-STAGES = ("train_classifier", "evaluate_classifier", "train_segmenter", "evaluate_segmenter")
-"""Those whose runs have a folder and an identity."""
 
 
 def why(params: Params, stage: str, variant: str, seed: int) -> str:
@@ -164,7 +161,7 @@ def clean(*, yes: bool) -> int:
 
 
 def _work(params: Params, stage: str, variant: str, seed: int) -> Work:
-    work: Work | None = import_module(f"pipeline.stages.{stage}").work(params, variant, seed)
+    work = of_stage(params, stage, variant, seed)
     if work is None:
         raise UserError(f"{stage} takes released weights with these parameters: there is no run")
     return work

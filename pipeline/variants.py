@@ -15,6 +15,7 @@ from pipeline.errors import UserError, unknown
 
 Four = tuple[int, int, int, int]
 FILE = Path(__file__).with_suffix(".yaml")
+MLP_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,27 @@ def find_variant(name: str) -> Variant:
     if name not in VARIANTS:
         raise UserError(unknown(f"variant {name!r}", name, VARIANTS))
     return VARIANTS[name]
+
+
+def parameters(variant: Variant, num_classes: int) -> int:
+    """Of a classifier; 0 classes: without the last linear layer."""
+    total, channels = 0, 3
+    for index, (blocks, width) in enumerate(zip(variant.blocks, variant.widths, strict=True)):
+        kernel = 7 if index == 0 else 3
+        embedding = kernel**2 * channels * width + width
+        mlp = 2 * MLP_RATIO * width**2 + (MLP_RATIO + 1) * width
+        norms_and_scales = 6 * width
+        total += embedding + blocks * (mlp + norms_and_scales)
+        channels = width
+    return total + 2 * channels + (channels * num_classes + num_classes)
+
+
+def macs(variant: Variant, image_px: float, num_classes: int = 1000) -> float:
+    """Multiply-adds of a classifier's convolutions and linear layer for a square image."""
+    total, channels = 0.0, 3
+    for index, (blocks, width) in enumerate(zip(variant.blocks, variant.widths, strict=True)):
+        kernel = 7 if index == 0 else 3
+        area = (image_px / (4 << index)) ** 2
+        total += area * (kernel**2 * channels * width + blocks * 2 * MLP_RATIO * width**2)
+        channels = width
+    return total + channels * num_classes

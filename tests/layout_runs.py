@@ -22,8 +22,8 @@ from pipeline.cluster import split
 from pipeline.config import ClassificationRecipe, SegmentationRecipe
 from pipeline.data import convert_image_folder, convert_segmentation_folder
 from pipeline.models import create_classifier
-from pipeline.tasks.classifier_training import ClassificationTask
-from pipeline.tasks.segmenter_training import SegmentationTask
+from pipeline.tasks.classification.training import ClassificationTask
+from pipeline.tasks.segmentation.training import SegmentationTask
 from pipeline.train import checkpoint
 from pipeline.train.loop import train
 from pipeline.train.task import Step, Task

@@ -166,7 +166,7 @@ def test_what_is_known_to_matter_does_and_nothing_else(
 
 def test_moving_a_definition_to_another_module_makes_nothing_stale(copy: Path, before: dict[str, Closure]) -> None:
     """`polynomial` moves from schedule.py, and its caller imports it from there."""
-    schedule, task = copy / "pipeline/train/schedule.py", copy / "pipeline/tasks/segmenter_training.py"
+    schedule, task = copy / "pipeline/train/schedule.py", copy / "pipeline/tasks/segmentation/training.py"
     source = schedule.read_text()
     (function,) = [each for each in ast.parse(source).body if getattr(each, "name", "") == "polynomial"]
     moved = copy / "pipeline/train/elsewhere.py"

@@ -19,7 +19,8 @@ from pipeline.launch.fingerprint import code_of, content_digest, identify
 from pipeline.launch.record import Job
 from pipeline.launch.snapshot import snapshot
 from pipeline.launch.submission import Run, _claim_folder, find_run
-from pipeline.stages import train_classifier
+from pipeline.launch.works import training as training_work
+from pipeline.tasks.classification.description import CLASSIFIER
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def run(in_checkout: Path) -> Run:
 
 def training(rate: float) -> Run:
     compose(["scale=demo", f"classification.recipe.learning_rate_per_1024={rate}"])
-    work = train_classifier.work(load_params(paths.PARAMS), "poolformer_s12", 0)
+    work = training_work(load_params(paths.PARAMS), CLASSIFIER, "poolformer_s12", 0)
     assert work is not None
     return Run.of(work)
 
@@ -117,7 +118,7 @@ def test_software_is_recorded_at_each_attempt_and_another_version_is_said(
 def test_the_copy_of_the_code_is_made_once_and_does_not_change(checkout: Checkout, tmp_path: Path) -> None:
     script = (
         "from pipeline.launch.snapshot import snapshot; from pipeline.launch.fingerprint import code_of;"
-        "print(snapshot(), code_of('pipeline.tasks.classifier_training:train').digest)"
+        "print(snapshot(), code_of('pipeline.tasks.classification.training:train').digest)"
     )
 
     def made() -> list[str]:
@@ -189,7 +190,7 @@ def test_a_job_leaves_a_folder_that_has_come_to_wait_for_another(
 
 
 def test_the_fingerprint_does_not_depend_on_the_module_of_a_call(run: Run) -> None:
-    assert run.identity.code == code_of("pipeline.tasks.classifier_training:train").digest
+    assert run.identity.code == code_of("pipeline.tasks.classification.training:train").digest
     manifest = paths.manifest(paths.beton("imagenet", "train"))
     assert run.identity.inputs == {str(manifest): content_digest(manifest)}
     content: Any = json.dumps(run.identity.arguments)

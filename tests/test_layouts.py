@@ -25,7 +25,7 @@ from rank_pool import RunOnRanks
 from pipeline import world as ranks
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.tasks import segmenter_training
+from pipeline.tasks.segmentation import training as segmenter_training
 from pipeline.train import history
 
 pytestmark = pytest.mark.slow

@@ -21,9 +21,9 @@ from pipeline.data import convert_image_folder
 from pipeline.data.convert import convert_segmentation_folder
 from pipeline.experiments import compose
 from pipeline.models import create_classifier
-from pipeline.tasks.classifier_training import ClassificationTask
+from pipeline.tasks.classification.training import ClassificationTask
 from pipeline.tasks.device_batch import Mixing, erase, mix, normalise
-from pipeline.tasks.segmenter_training import SegmentationTask
+from pipeline.tasks.segmentation.training import SegmentationTask
 
 WORLD = ranks.World(0, 1, 0, torch.device("cpu"), 1)
 IMAGES = 256

@@ -84,7 +84,13 @@ def report(folder: Path, **changes: Any) -> Path:
         "recipe_differences": {"poolformer_m36": ["classification.epochs", "segmentation.iterations"]},
         "settings": {"Git commit": "0123abc", "Seeds": "0, 1, 2"},
     }
-    write_reports(folder, **(arguments | changes))
+    arguments |= changes
+    for name in ("", "released_"):
+        arguments[name.strip("_") or "runs"] = {
+            table: arguments.pop(f"{name}{section}")
+            for table, section in (("table2_imagenet", "classification"), ("table4_ade20k", "segmentation"))
+        }
+    write_reports(folder, **arguments)
     return folder
 
 

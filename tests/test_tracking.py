@@ -19,12 +19,14 @@ import psutil
 import pytest
 from tracking_server import finish, free_port, history_of, run_folder, train
 
+from pipeline.catalogue import comparison_of
+from pipeline.comparisons.table2 import TABLE2
 from pipeline.launch import record
-from pipeline.stages._sync import catch_up, mirror_of, status, sync
-from pipeline.tracking.about import EXPERIMENTS, About
+from pipeline.tracking.about import About
 from pipeline.tracking.comparison import open_comparison
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
+from pipeline.tracking.sync import catch_up, mirror_of, status, sync
 from pipeline.train import history
 
 pytestmark = pytest.mark.slow
@@ -53,7 +55,7 @@ def client(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def runs(client: Any, kind: str = "classifier") -> list[Any]:
-    experiment = client.get_experiment_by_name(EXPERIMENTS[kind])  # type: ignore[index]
+    experiment = client.get_experiment_by_name(comparison_of(kind).experiment)
     return list(client.search_runs([experiment.experiment_id])) if experiment else []
 
 
@@ -147,7 +149,7 @@ def test_a_run_deleted_in_the_dashboard_is_left_out_until_it_is_restored(
 
 def test_a_comparison_deleted_in_the_dashboard_comes_back(client: Any) -> None:
     folder = run_folder(steps=1)
-    open_comparison("classifier", "demo", {"seeds": [0]})
+    open_comparison(TABLE2, "demo", {"seeds": [0]})
     mirror_of(Server(), folder).update("FINISHED")
     (parent,) = [run for run in runs(client) if run.data.tags["kind"] == "comparison"]
     assert parent.info.status == "FINISHED"
@@ -161,11 +163,11 @@ def test_a_comparison_deleted_in_the_dashboard_comes_back(client: Any) -> None:
 
 
 def test_another_configuration_is_another_comparison_and_the_first_comes_back(client: Any) -> None:
-    first = open_comparison("classifier", "demo", {"epochs": 5})
+    first = open_comparison(TABLE2, "demo", {"epochs": 5})
     key = About.read(first).key  # type: ignore[union-attr]
-    assert About.read(open_comparison("classifier", "demo", {"epochs": 5})).key == key  # type: ignore[union-attr]
-    assert About.read(open_comparison("classifier", "demo", {"epochs": 8})).key != key  # type: ignore[union-attr]
-    assert About.read(open_comparison("classifier", "demo", {"epochs": 5})).key == key  # type: ignore[union-attr]
+    assert About.read(open_comparison(TABLE2, "demo", {"epochs": 5})).key == key  # type: ignore[union-attr]
+    assert About.read(open_comparison(TABLE2, "demo", {"epochs": 8})).key != key  # type: ignore[union-attr]
+    assert About.read(open_comparison(TABLE2, "demo", {"epochs": 5})).key == key  # type: ignore[union-attr]
 
 
 class Elsewhere(BaseHTTPRequestHandler):

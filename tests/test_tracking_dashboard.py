@@ -13,9 +13,9 @@ from test_tracking_tables import SEEDS, by_name, compare, evaluated
 from tracking_server import free_port, history_of, mlflow_server, needs_postgresql, postgresql, train
 
 from pipeline import paths
-from pipeline.stages._sync import sync
 from pipeline.tracking.comparison import views
 from pipeline.tracking.server import Server
+from pipeline.tracking.sync import sync
 
 pytestmark = pytest.mark.slow
 LAST = Path("runs/train_classifier/poolformer_m36-0")

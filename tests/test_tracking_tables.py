@@ -17,12 +17,14 @@ from test_tracking import client, empty_database, runs  # noqa: F401 (fixtures)
 from tracking_server import finish, history_of, run_folder
 
 from pipeline import paper, paths
+from pipeline.catalogue import COMPARISONS
 from pipeline.config import VARIANT_NAMES, Params
 from pipeline.report.formats import NOTHING
-from pipeline.stages._comparison import TABLES, log_comparison
-from pipeline.stages._sync import mirror_of, sync
+from pipeline.tasks.description import Task
+from pipeline.tracking.measured import log_comparisons
 from pipeline.tracking.models import register
 from pipeline.tracking.server import Server
+from pipeline.tracking.sync import mirror_of, sync
 
 pytestmark = pytest.mark.slow
 
@@ -45,16 +47,16 @@ def compare(classification: pd.DataFrame, segmentation: pd.DataFrame = EMPTY) ->
     """What `compare_with_paper` does, on runs that were evaluated already."""
     report(paths.REPORTS, classification=classification, segmentation=segmentation, recipe_differences={})
     # These folders come from no training, so the run that these parameters ask for is the one in its place.
-    with patch("pipeline.stages._comparison.training_of", in_its_place):
-        log_comparison(
+    with patch("pipeline.tracking.measured.training_folder", in_its_place):
+        log_comparisons(
             params(),
-            trained={"classifier": classification, "segmenter": segmentation},
-            released={"classifier": EMPTY, "segmenter": EMPTY},
+            {"table2_imagenet": classification, "table4_ade20k": segmentation},
+            {"table2_imagenet": EMPTY, "table4_ade20k": EMPTY},
         )
 
 
-def in_its_place(_: Params, kind: str, variant: str, seed: int) -> Path:
-    return paths.run(f"train_{kind}", f"{variant}-{seed}")
+def in_its_place(_: Params, task: Task, variant: str, seed: int) -> Path:
+    return paths.run(task.training_stage, f"{variant}-{seed}")
 
 
 def evaluated(frame: pd.DataFrame, kind: Any = "classifier") -> pd.DataFrame:
@@ -76,7 +78,8 @@ def compared(client: Any) -> Any:  # noqa: F811
 
 
 def test_csv_markdown_html_latex_mlflow_table_and_metrics_have_the_same_numbers(compared: Any) -> None:
-    for kind, (name, _) in TABLES.items():
+    for comparison in COMPARISONS:
+        kind, name = comparison.task.name, comparison.name
         csv = pd.read_csv(paths.REPORTS / f"{name}.csv").set_index("model")
         (parent,) = [run for run in runs(compared, kind) if run.data.tags["kind"] == "comparison"]
         logged = json.loads(Path(compared.download_artifacts(parent.info.run_id, f"{name}.json")).read_text())
@@ -239,11 +242,11 @@ def test_an_earlier_comparison_writes_nothing_onto_a_run_that_it_did_not_measure
     for name, top1, scale in (("A", 77.1, {}), ("B", 74.0, {"not_comparable_because": "another learning rate"})):
         frame = evaluated(classifier_runs({"poolformer_s12": [top1]}))
         report(paths.REPORTS, classification=frame, segmentation=EMPTY, recipe_differences={})
-        with patch("pipeline.stages._comparison.training_of", in_its_place):
-            log_comparison(
+        with patch("pipeline.tracking.measured.training_folder", in_its_place):
+            log_comparisons(
                 params(**scale),
-                trained={"classifier": frame, "segmenter": EMPTY},
-                released={"classifier": EMPTY, "segmenter": EMPTY},
+                {"table2_imagenet": frame, "table4_ade20k": EMPTY},
+                {"table2_imagenet": EMPTY, "table4_ade20k": EMPTY},
             )
         measured[mirror_of(Server(), folder).run_id] = top1
         if name == "A":

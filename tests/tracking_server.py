@@ -17,11 +17,11 @@ from typing import Any
 from conftest import skip
 
 from pipeline.paper import label
-from pipeline.tracking.about import About, Kind, provenance
+from pipeline.tracking.about import About, provenance
 
 
 def run_folder(
-    variant: str = "poolformer_s12", seed: int = 0, kind: Kind = "classifier", scale: str = "demo", steps: int = 0
+    variant: str = "poolformer_s12", seed: int = 0, kind: str = "classifier", scale: str = "demo", steps: int = 0
 ) -> Path:
     """A training's run folder beneath the working directory, as its stage writes it."""
     folder = Path("runs") / f"train_{kind}" / f"{variant}-{seed}"

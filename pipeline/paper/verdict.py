@@ -24,15 +24,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["within", "outside", "inconclusive", "not comparable", "missing"]
-Metric = Literal["top1", "miou"]
+Status = Literal["within", "outside", "inconclusive", "not comparable", "not in the paper", "missing"]
 
+
+@dataclass(frozen=True)
+class Rule:
+    """How far a retraining may be from the paper's number, in points."""
+
+    metric: str
+    """As sentences name it."""
+    tolerance: float
+    widest: float | None = None
+    """Two standard deviations between seeds count where they are more, up to this; None: they do not count."""
+
+
+TOP1 = Rule("top-1", 0.3, widest=1.0)
+"""S36 and M48 are 1.1 apart in Table 2."""
+MIOU = Rule("mIoU", 1.1)
 RELEASED_TOLERANCE = 0.05
-RETRAINING_TOLERANCE: dict[Metric, float] = {"top1": 0.3, "miou": 1.1}
-WIDEST_TOLERANCE = 1.0
-"""Top-1, points. S36 and M48 are 1.1 apart in Table 2."""
-
-METRIC_NAMES: dict[Metric, str] = {"top1": "top-1", "miou": "mIoU"}
 EPSILON = 1e-9
 """77.25 - 77.20 is 0.04999999999999716: a difference equal to the tolerance counts as within."""
 
@@ -71,9 +80,9 @@ class Verdict:
 
 def judge_released(
     value: float | None,
-    published: float,
+    published: float | None,
     *,
-    metric: Metric,
+    rule: Rule,
     file: str,
     comparable: bool = True,
     reason: str = "",
@@ -83,8 +92,8 @@ def judge_released(
 
     Args:
         value: measured, percent; None when the file is not there.
-        published: percent.
-        metric: "top1" or "miou".
+        published: percent; None where nobody published one.
+        rule: of the metric.
         file: name of the weights' file, for the text.
         comparable: whether the images are the published measurement's.
         reason: why not, when they are not.
@@ -93,15 +102,17 @@ def judge_released(
     fields = tuple(recipe_differences)
     if value is None:
         return _unjudged("missing", file, f"{file} is not there.", fields)
+    if published is None:
+        return _unjudged("not in the paper", "", f"{file}: {rule.metric} {value:.3f}.", fields, value, seeds=1)
     if not comparable:
         return _unjudged("not comparable", reason, f"Not comparable: {reason}.", fields, value, seeds=1)
     if not math.isfinite(value):
         detail = "released weights, not finite"
-        return _unjudged("outside", detail, f"{file} measured {METRIC_NAMES[metric]} {value}.", fields, seeds=1)
+        return _unjudged("outside", detail, f"{file} measured {rule.metric} {value}.", fields, seeds=1)
     difference = value - published
     status: Status = "within" if abs(difference) <= RELEASED_TOLERANCE + EPSILON else "outside"
     sentence = (
-        f"{file}: {METRIC_NAMES[metric]} {value:.3f} against {published:.3f} published "
+        f"{file}: {rule.metric} {value:.3f} against {published:.3f} published "
         f"({difference:+.3f}; tolerance {RELEASED_TOLERANCE:.2f}): {status}"
         + (f"; {_recipe_note(fields)}." if fields else ".")
     )
@@ -110,9 +121,9 @@ def judge_released(
 
 def judge_retraining(
     values: Sequence[float],
-    paper: float,
+    paper: float | None,
     *,
-    metric: Metric,
+    rule: Rule,
     comparable: bool = True,
     reason: str = "",
     recipe_differences: Sequence[str] = (),
@@ -121,8 +132,8 @@ def judge_retraining(
 
     Args:
         values: one measurement for each seed, percent; empty when nothing was trained.
-        paper: percent.
-        metric: "top1" or "miou".
+        paper: percent; None for a model that the paper lacks.
+        rule: of the metric.
         comparable: whether the images are the paper's. The demo's are not, and are never held against the paper.
         reason: why not, when they are not.
         recipe_differences: names of the recipe's fields that are not the paper's.
@@ -137,20 +148,23 @@ def judge_retraining(
         return _unjudged("inconclusive", detail, f"Inconclusive: {detail}.", fields, seeds=seeds)
     mean = statistics.fmean(values)
     sd = statistics.stdev(values) if seeds > 1 else None
+    if paper is None:
+        spread = f" (sd {sd:.2f}, {seeds} seeds)" if sd is not None else " (one seed)"
+        return _unjudged("not in the paper", "", f"{rule.metric} {mean:.2f}{spread}.", fields, mean, sd, seeds)
     if not comparable:
         return _unjudged("not comparable", reason, f"Not comparable: {reason}.", fields, mean, sd, seeds)
 
-    floor = RETRAINING_TOLERANCE[metric]
-    tolerance = max(floor, 2 * sd) if metric == "top1" and sd is not None else floor
+    floor = rule.tolerance
+    tolerance = max(floor, 2 * sd) if rule.widest is not None and sd is not None else floor
     difference = mean - paper
     status: Status = "within" if abs(difference) <= tolerance + EPSILON else "outside"
     detail = ""
     if status == "outside" and seeds == 1:
         status, detail = "inconclusive", "one seed"
-    elif metric == "top1" and tolerance > WIDEST_TOLERANCE and abs(difference) > floor:
+    elif rule.widest is not None and tolerance > rule.widest and abs(difference) > floor:
         status, detail = "inconclusive", f"seeds differ too much (sd {sd:.2f})"
     sentence = (
-        f"{METRIC_NAMES[metric]} {mean:.2f} "
+        f"{rule.metric} {mean:.2f} "
         + (f"(sd {sd:.2f}, {seeds} seeds)" if sd is not None else "(one seed)")
         + f" against {paper:.1f} in the paper ({difference:+.2f}; tolerance {tolerance:.2f}): {status}"
         + (f", {detail}" if detail and seeds > 1 else "")

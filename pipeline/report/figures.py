@@ -5,6 +5,7 @@ and still stands alone.
 """
 
 import io
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterable
@@ -18,8 +19,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from pipeline.config import VARIANT_NAMES
+from pipeline.comparisons.description import Comparison
+from pipeline.comparisons.description import Figure as PaperFigure
 from pipeline.paper import label, wide
+from pipeline.variants import VARIANTS
 
 INK, MUTED, GRID, PAPER, OURS, WEIGHTS = (
     "#1d2733",
@@ -37,7 +40,8 @@ CSS_VARIABLES = {
     OURS: "ours",
     WEIGHTS: "weights",
 }
-VARIANT_COLOURS = dict(zip(VARIANT_NAMES, ("#0284c7", "#16a34a", "#d39e00", "#e0402f", "#9333ea"), strict=True))
+COLOURS = ("#0284c7", "#16a34a", "#d39e00", "#e0402f", "#9333ea", "#0f766e", "#be185d", "#4d7c0f")
+VARIANT_COLOURS = dict(zip(VARIANTS, itertools.cycle(COLOURS), strict=False))
 
 FAMILIES = {
     "RSB-ResNet": "s",
@@ -81,35 +85,32 @@ STYLE: Any = {
 }
 
 
-def accuracy_macs(numbers: pd.DataFrame, comparable: bool, reason: str) -> Figure:
-    """Top-1 against MACs, as in the paper's Figure 1 (b); `numbers` is Table 2's CSV."""
-    return _comparison(
-        numbers, comparable, reason, table="table2_imagenet", x=("macs", "macs_g", "MACs, G"), y=("top1", "top-1, %")
-    )
+def against_property(comparison: Comparison, figure: PaperFigure, numbers: pd.DataFrame, reason: str | None) -> Figure:
+    """The paper's rows in muted colours and the measured ones on top; beside them where they cannot be compared.
 
+    Args:
+        comparison: the table.
+        figure: which of its quantities, against which property of the model.
+        numbers: its CSV.
+        reason: why the numbers cannot be compared; None where they can.
+    """
+    paper, comparable = wide(comparison.name), reason is None
 
-def accuracy_params(numbers: pd.DataFrame, comparable: bool, reason: str) -> Figure:
-    """Top-1 against parameters; `numbers` is Table 2's CSV."""
-    return _comparison(
-        numbers,
-        comparable,
-        reason,
-        table="table2_imagenet",
-        x=("params", "params_m", "parameters, M"),
-        y=("top1", "top-1, %"),
-    )
+    def draw(canvas: Figure) -> None:
+        panels = canvas.subplots(1, 1 if comparable else 2, squeeze=False)[0]
+        _draw_paper(panels[0], paper, figure.x[0], figure.y[0])
+        _draw_ours(panels[-1], numbers, figure.x[1], names=not comparable)
+        if not comparable:
+            _title(panels[0], "The paper", "for reference")
+            _title(panels[1], "This run, not comparable", str(reason))
+        for axes in panels:
+            axes.set_xlabel(figure.x[2])
+            axes.set_ylabel(figure.y[1])
+            axes.margins(0.08)
+            if axes.has_data():
+                axes.legend(loc="lower right")
 
-
-def miou_params(numbers: pd.DataFrame, comparable: bool, reason: str) -> Figure:
-    """mIoU against parameters of backbone and head; `numbers` is Table 4's CSV."""
-    return _comparison(
-        numbers,
-        comparable,
-        reason,
-        table="table4_ade20k",
-        x=("params", "params_m", "parameters, M"),
-        y=("miou", "mIoU*, %"),
-    )
+    return _figure(6.4 if comparable else 9.6, 4.6, draw)
 
 
 def training_curves(curves: pd.DataFrame) -> Figure:
@@ -141,7 +142,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
             axes.set_xlabel("step")
         for axes in grid[len(panels) :]:
             axes.remove()
-        shown = [v for v in VARIANT_NAMES if v in set(curves["variant"])]
+        shown = [v for v in VARIANTS if v in set(curves["variant"])]
         handles = [mpl.lines.Line2D([], [], color=VARIANT_COLOURS[v], label=label(v)) for v in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(shown))
 
@@ -184,38 +185,12 @@ def _figure(width_in: float, height_in: float, draw: Callable[[Figure], None]) -
     return figure
 
 
-def _comparison(
-    numbers: pd.DataFrame, comparable: bool, reason: str, *, table: str, x: tuple[str, str, str], y: tuple[str, str]
-) -> Figure:
-    """The paper's rows in muted colours and the measured ones on top; beside them where they cannot be compared.
-
-    `x` is a quantity of the paper, a column of `numbers` and an axis label; `y` a quantity of the paper and a label.
-    """
-    paper = wide(table)
-
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, 1 if comparable else 2, squeeze=False)[0]
-        _draw_paper(panels[0], paper, x[0], y[0])
-        _draw_ours(panels[-1], numbers, x[1], names=not comparable)
-        if not comparable:
-            _title(panels[0], "The paper", "for reference")
-            _title(panels[1], "This run, not comparable", reason)
-        for axes in panels:
-            axes.set_xlabel(x[2])
-            axes.set_ylabel(y[1])
-            axes.margins(0.08)
-            if axes.has_data():
-                axes.legend(loc="lower right")
-
-    return _figure(6.4 if comparable else 9.6, 4.6, draw)
-
-
 def _draw_paper(axes: Axes, paper: pd.DataFrame, x: str, y: str) -> None:
     for family, marker in FAMILIES.items():
         rows = paper[paper.index.str.startswith(f"{family}-")].sort_values(x)
         if len(rows):
             axes.plot(rows[x], rows[y], marker=marker, ms=5, lw=0.8, color=MUTED, alpha=0.75, label=family)
-    rows = paper.loc[[label(variant) for variant in VARIANT_NAMES]]
+    rows = paper.loc[[label(variant) for variant in VARIANTS if label(variant) in paper.index]]
     axes.plot(
         rows[x],
         rows[y],

@@ -9,96 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.comparisons.description import Column, Comparison
 from pipeline.paper import label
 
 NOTHING = "–"  # noqa: RUF001
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column that people see: `key` in the CSV, and how its numbers are written."""
-
-    group: str
-    heading: str
-    key: str
-    digits: int = 2
-    sign: str = ""
-    """"+" to write the sign of positive numbers too, "±" before a tolerance."""
-    spread: str = ""
-    """Key of a standard deviation to write behind the number."""
-    terminal: str = ""
-    """Heading in a terminal, where only a few columns fit; empty: not among them."""
-
-    @property
-    def is_text(self) -> bool:
-        return self.key in ("model", "verdict")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One table's name, title and visible columns."""
-
-    name: str
-    """File name without suffix."""
-    title: str
-    metric: str
-    """What `paper`, `released` and `measured` are."""
-    columns: tuple[Column, ...]
-
-
-TABLE2 = Layout(
-    "table2_imagenet",
-    "Table 2: ImageNet-1K classification",
-    "top-1, %",
-    (
-        Column("", "Model", "model", terminal="Model"),
-        Column("Parameters, M", "paper", "paper_params_m", 0),
-        Column("Parameters, M", "counted", "params_m"),
-        Column("MACs, G", "paper", "paper_macs_g", 1),
-        Column("MACs, G", "counted", "macs_g"),
-        Column("Top-1, %", "paper", "paper", 1, terminal="Paper"),
-        Column("Top-1, %", "released", "released", terminal="Released"),
-        Column("Top-1, %", "measured", "measured", spread="sd", terminal="Measured"),
-        Column("Top-1, %", "difference", "difference", sign="+", terminal="Diff."),
-        Column("Top-1, %", "tolerance", "tolerance", sign="±"),
-        Column("", "Seeds", "seeds", 0, terminal="Seeds"),
-        Column("", "Verdict", "verdict", terminal="Verdict"),
-        Column("Top-5, %", "measured", "measured_top5"),
-        Column("Training", "images/s", "train_images_per_s", 0),
-        Column("Training", "GPU-hours", "gpu_hours", 0),
-    ),
-)
-
-TABLE4 = Layout(
-    "table4_ade20k",
-    "Table 4: ADE20K semantic segmentation with Semantic FPN",
-    "mIoU*, %",
-    (
-        Column("", "Model", "model", terminal="Model"),
-        Column("Parameters, M", "paper", "paper_params_m", 1),
-        Column("Parameters, M", "counted", "params_m"),
-        Column("MACs, G", "counted", "macs_g"),
-        Column("mIoU*, %", "paper", "paper", 1, terminal="Paper"),
-        Column("mIoU*, %", "released", "released", terminal="Released"),
-        Column("mIoU*, %", "measured", "measured", spread="sd", terminal="Measured"),
-        Column("mIoU*, %", "difference", "difference", sign="+", terminal="Diff."),
-        Column("mIoU*, %", "tolerance", "tolerance", sign="±"),
-        Column("", "Seeds", "seeds", 0, terminal="Seeds"),
-        Column("", "Verdict", "verdict", terminal="Verdict"),
-        Column("Released, %", "mIoU* ms+flip", "released_miou_aligned_ms_flip"),
-        Column("Released, %", "mIoU", "released_miou"),
-        Column("Released, %", "mIoU ms+flip", "released_miou_ms_flip"),
-        Column("Measured, %", "mIoU* ms+flip", "measured_miou_aligned_ms_flip"),
-        Column("Measured, %", "mIoU", "measured_miou"),
-        Column("Measured, %", "mIoU ms+flip", "measured_miou_ms_flip"),
-        Column("mmseg, %", "mIoU*", "mmseg_miou_aligned"),
-        Column("mmseg, %", "mIoU", "mmseg_miou"),
-        Column("Memory, GB", "mmseg", "mmseg_train_memory_gb"),
-        Column("Memory, GB", "here", "train_memory_gb"),
-        Column("Images/s", "mmseg", "mmseg_images_per_s", 1),
-        Column("Images/s", "here", "images_per_s", 1),
-    ),
-)
 
 ALWAYS_SHOWN = {
     "model",
@@ -113,9 +28,11 @@ ALWAYS_SHOWN = {
 }
 
 
-def visible_columns(numbers: pd.DataFrame, layout: Layout) -> list[Column]:
+def visible_columns(numbers: pd.DataFrame, comparison: Comparison) -> list[Column]:
     """The columns to show: those without a single number are left out, but for the ones a reader looks for."""
-    return [column for column in layout.columns if column.key in ALWAYS_SHOWN or numbers[column.key].notna().any()]
+    return [
+        column for column in comparison.all_columns() if column.key in ALWAYS_SHOWN or numbers[column.key].notna().any()
+    ]
 
 
 def readable(numbers: pd.DataFrame, columns: Sequence[Column]) -> pd.DataFrame:
@@ -126,18 +43,18 @@ def readable(numbers: pd.DataFrame, columns: Sequence[Column]) -> pd.DataFrame:
     )
 
 
-def to_markdown(numbers: pd.DataFrame, layout: Layout, notes: Sequence[str]) -> str:
-    columns = visible_columns(numbers, layout)
+def to_markdown(numbers: pd.DataFrame, comparison: Comparison, notes: Sequence[str]) -> str:
+    columns = visible_columns(numbers, comparison)
     text = readable(numbers, columns)
     text.columns = pd.Index([f"{c.group} ({c.heading})" if c.group else c.heading for c in columns])
     alignment = ["left" if column.is_text else "right" for column in columns]
     grid = text.to_markdown(index=False, disable_numparse=True, colalign=alignment)
-    return f"# {layout.title}\n\n{grid}\n\n" + "".join(f"- {note}\n" for note in notes)
+    return f"# {comparison.title}\n\n{grid}\n\n" + "".join(f"- {note}\n" for note in notes)
 
 
-def to_latex(numbers: pd.DataFrame, layout: Layout, notes: Sequence[str]) -> str:
+def to_latex(numbers: pd.DataFrame, comparison: Comparison, notes: Sequence[str]) -> str:
     """A table in landscape's width; needs the packages booktabs and graphicx."""
-    columns = visible_columns(numbers, layout)
+    columns = visible_columns(numbers, comparison)
     text = readable(numbers, columns).map(_latex_escape)
     text.columns = pd.MultiIndex.from_tuples([tuple(map(_latex_escape, pair)) for pair in text.columns])
     tabular = text.to_latex(
@@ -150,8 +67,8 @@ def to_latex(numbers: pd.DataFrame, layout: Layout, notes: Sequence[str]) -> str
             r"% \usepackage{booktabs,graphicx}",
             r"\begin{table*}",
             r"\centering",
-            rf"\caption{{{_latex_escape(layout.title)}}}",
-            rf"\label{{tab:{layout.name.replace('_', '-')}}}",
+            rf"\caption{{{_latex_escape(comparison.title)}}}",
+            rf"\label{{tab:{comparison.name.replace('_', '-')}}}",
             r"\resizebox{\linewidth}{!}{%",
             f"{tabular.strip()}}}",
             *(rf"\par\noindent{{\footnotesize {_latex_escape(note)}}}" for note in notes),

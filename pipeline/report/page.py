@@ -1,5 +1,6 @@
-"""Writes the report: both tables in four formats, the figures, and `index.html`, which needs no other file."""
+"""Writes the report: the tables in four formats, the figures, and `index.html`, which needs no other file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -8,15 +9,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from pipeline.catalogue import COMPARISONS
 from pipeline.paper import label, load
-from pipeline.paper.verdict import RELEASED_TOLERANCE, RETRAINING_TOLERANCE
+from pipeline.paper.verdict import MIOU, RELEASED_TOLERANCE, TOP1
 from pipeline.paths import written_atomically
 from pipeline.report import figures
 from pipeline.report.background import Background, cost_rows
 from pipeline.report.formats import (
     NOTHING,
-    TABLE2,
-    TABLE4,
     heading_rows,
     readable,
     to_latex,
@@ -24,7 +24,7 @@ from pipeline.report.formats import (
     visible_columns,
 )
 from pipeline.report.segmentations import class_rows, pictures
-from pipeline.report.tables import Comparison, Table, classification_table, segmentation_table
+from pipeline.report.tables import Circumstances, Table, build
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -39,6 +39,7 @@ STATUSES = {
     "outside": "✗",
     "inconclusive": "?",
     "not comparable": "≠",
+    "not in the paper": "+",
     "missing": "○",
 }
 """A sign for each status beside its colour, for print and for eyes that see no red and green."""
@@ -47,10 +48,8 @@ STATUSES = {
 def write_reports(
     folder: Path,
     *,
-    classification: pd.DataFrame,
-    segmentation: pd.DataFrame,
-    released_classification: pd.DataFrame,
-    released_segmentation: pd.DataFrame,
+    runs: Mapping[str, pd.DataFrame],
+    released: Mapping[str, pd.DataFrame],
     comparable: bool,
     reason: str,
     recipe_differences: dict[str, list[str]],
@@ -64,13 +63,11 @@ def write_reports(
 
     Args:
         folder: made when it is not there.
-        classification: a row for each (variant, seed): variant, seed, top1, top5, loss, images, parameters, macs_g;
-            optional train_images_per_s, gpu_hours.
-        segmentation: a row for each (variant, seed): variant, seed, miou, miou_aligned, aacc, images, parameters,
-            train_memory_gb, images_per_s; optional miou_ms_flip, miou_aligned_ms_flip.
-        released_classification: a row for each variant asked for: variant, file (its name), status ("measured" or
-            "missing"), top1, top5; optional parameters, macs_g.
-        released_segmentation: the same with miou, miou_aligned in place of top1, top5.
+        runs: by table (`table2_imagenet`, ...), a row for each (variant, seed): variant, seed, parameters, macs_g,
+            images, and the task's metrics (Table 2: top1, top5, loss; Table 4: miou, miou_aligned, aacc); optional
+            train_images_per_s, train_memory_gb, gpu_hours, images_per_s, miou_ms_flip, miou_aligned_ms_flip.
+        released: the same by table, a row for each variant asked for: variant, file (its name), status ("measured" or
+            "missing") and the same metrics; optional parameters, macs_g.
         comparable: whether the images are the paper's.
         reason: why not, as a clause without full stop; empty when they are.
         recipe_differences: for each variant the fields that are not the paper's, as `classification.epochs`.
@@ -79,13 +76,16 @@ def write_reports(
         background: what the page tells beside the tables.
     """
     background = background or Background()
-    shared = Comparison(comparable, reason, recipe_differences)
-    table2 = classification_table(classification, released_classification, shared)
-    table4 = segmentation_table(segmentation, released_segmentation, shared)
+    shared = Circumstances(comparable, reason, recipe_differences)
+    nothing = pd.DataFrame()
+    tables = [
+        build(comparison, runs.get(comparison.name, nothing), released.get(comparison.name, nothing), shared)
+        for comparison in COMPARISONS
+    ]
     drawn = {
-        "accuracy_macs": figures.accuracy_macs(table2.numbers, comparable, reason),
-        "accuracy_params": figures.accuracy_params(table2.numbers, comparable, reason),
-        "miou_params": figures.miou_params(table4.numbers, comparable, reason),
+        figure.name: figures.against_property(table.comparison, figure, table.numbers, None if comparable else reason)
+        for table in tables
+        for figure in table.comparison.figures
     }
     if curves is not None and len(curves):
         drawn["curves"] = figures.training_curves(curves)
@@ -94,32 +94,15 @@ def write_reports(
     for name, figure in drawn.items():
         _write(folder / f"{name}.svg", svgs[name])
         _write(folder / f"{name}.png", figures.to_png(figure))
-    for table in (table2, table4):
-        name = table.layout.name
+    for table in tables:
+        name = table.comparison.name
         _write(folder / f"{name}.csv", table.numbers.to_csv(index=False, lineterminator="\n"))
-        _write(folder / f"{name}.md", to_markdown(table.numbers, table.layout, table.notes))
-        _write(folder / f"{name}.tex", to_latex(table.numbers, table.layout, table.notes))
+        _write(folder / f"{name}.md", to_markdown(table.numbers, table.comparison, table.notes))
+        _write(folder / f"{name}.tex", to_latex(table.numbers, table.comparison, table.notes))
         _write(folder / f"{name}.html", _render("table.html.j2", table=table))
     page = _render(
         "index.html.j2",
-        sections=[
-            _section(
-                table2,
-                classification,
-                {
-                    "accuracy_macs": "Top-1 accuracy against multiply-adds of one image of 224 x 224 pixels.",
-                    "accuracy_params": "Top-1 accuracy against parameters.",
-                },
-            ),
-            _section(
-                table4,
-                segmentation,
-                {
-                    "miou_params": "mIoU* against the parameters of backbone and head; the paper's S24 stands at its "
-                    "misprinted 23.2 M.",
-                },
-            ),
-        ],
+        sections=[_section(table, runs.get(table.comparison.name, nothing)) for table in tables],
         svgs=svgs,
         classes=class_rows(background.iou) if len(background.iou) else [],
         pictures=pictures(background.pictures, background.class_names),
@@ -129,19 +112,19 @@ def write_reports(
         comparable=comparable,
         reason=reason,
         settings=settings,
-        retraining_tolerance=RETRAINING_TOLERANCE,
+        retraining_tolerance={"top1": TOP1.tolerance, "miou": MIOU.tolerance},
         released_tolerance=RELEASED_TOLERANCE,
     )
     _write(folder / "index.html", page)
 
 
 def print_tables(folder: Path, console: Console) -> None:
-    """Print the essence of both tables of a written report, narrow enough for 80 characters."""
-    for layout in (TABLE2, TABLE4):
-        numbers = pd.read_csv(folder / f"{layout.name}.csv")
-        columns = [column for column in layout.columns if column.terminal]
+    """Print the essence of a written report's tables, narrow enough for 80 characters."""
+    for comparison in COMPARISONS:
+        numbers = pd.read_csv(folder / f"{comparison.name}.csv")
+        columns = [column for column in comparison.columns if column.terminal]
         remarks = "\n".join(dict.fromkeys(verdict for verdict in numbers["verdict"] if ":" in verdict))
-        grid = RichTable(title=f"{layout.title} ({layout.metric})", title_justify="left", box=SIMPLE_HEAD)
+        grid = RichTable(title=f"{comparison.title} ({comparison.metric_label})", title_justify="left", box=SIMPLE_HEAD)
         grid.pad_edge, grid.collapse_padding = False, True
         for column in columns:
             grid.add_column(column.terminal, justify="left" if column.is_text else "right", no_wrap=True)
@@ -152,17 +135,17 @@ def print_tables(folder: Path, console: Console) -> None:
             console.print(remarks, style="dim", highlight=False)
 
 
-def _section(table: Table, runs: pd.DataFrame, captions: dict[str, str]) -> dict[str, object]:
+def _section(table: Table, runs: pd.DataFrame) -> dict[str, object]:
     """What the page shows for one table."""
     statuses = [verdict.status for verdict in table.verdicts.values()]
-    units = load(table.layout.name).drop_duplicates("quantity").set_index("quantity")["unit"]
+    units = load(table.comparison.name).drop_duplicates("quantity").set_index("quantity")["unit"]
     context = table.context.rename(columns={name: f"{name}, {unit}" for name, unit in units.items()})
     return {
         "table": table,
         "counts": {status: statuses.count(status) for status in STATUSES if status in statuses},
         "runs": runs.round(3).to_html(index=False, border=0, na_rep=NOTHING) if len(runs) else "",
         "context": context.rename_axis(columns=None).reset_index(names="model").to_html(index=False, border=0),
-        "captions": captions,
+        "captions": {figure.name: figure.caption for figure in table.comparison.figures},
     }
 
 

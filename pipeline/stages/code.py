@@ -7,20 +7,16 @@ Writes  data/code/{stage}.json
 import json
 
 from pipeline import paths
+from pipeline.catalogue import DATA_SETS, TASKS
 from pipeline.launch.closure import Closure
 from pipeline.launch.fingerprint import CODE_ROOT, JOIN
 
-CLASSIFIER, SEGMENTER = "pipeline.tasks.classifier_evaluation:evaluate", "pipeline.tasks.segmenter_evaluation:evaluate"
 CALLS = {
-    "prepare_imagenet": ("pipeline.stages.prepare_imagenet:run",),
-    "convert_imagenet": ("pipeline.data.convert:convert_image_folder", "pipeline.data.folders:class_names"),
-    "prepare_ade20k": ("pipeline.stages.prepare_ade20k:run",),
-    "convert_ade20k": ("pipeline.data.convert:convert_segmentation_folder",),
-    "train_classifier": ("pipeline.tasks.classifier_training:train", JOIN),
-    "evaluate_classifier": (CLASSIFIER, JOIN),
-    "train_segmenter": ("pipeline.tasks.segmenter_training:train", JOIN),
-    "evaluate_segmenter": (SEGMENTER, JOIN),
-    "evaluate_released": (CLASSIFIER, SEGMENTER, JOIN),
+    **{f"prepare_{data.name}": (data.prepare,) for data in DATA_SETS.values()},
+    **{f"convert_{data.name}": data.convert_code for data in DATA_SETS.values()},
+    **{task.training_stage: (task.train, JOIN) for task in TASKS.values()},
+    **{task.evaluation_stage: (task.evaluate, JOIN) for task in TASKS.values()},
+    "evaluate_released": (*(task.evaluate for task in TASKS.values()), JOIN),
     "compare_with_paper": ("pipeline.stages.compare_with_paper:run", "pipeline.config:load_params"),
 }
 """What computes each stage's result: how its jobs are queued and watched is no part of that."""

@@ -12,21 +12,15 @@ from typing import Any, Literal
 
 from pipeline import paths
 
-Kind = Literal["classifier", "segmenter"]
-
-EXPERIMENTS: dict[Kind, str] = {
-    "classifier": "Table 2: ImageNet-1K classification",
-    "segmenter": "Table 4: ADE20K segmentation",
-}
-
 
 @dataclass(frozen=True)
 class About:
     """One MLflow run: its place, its name, and what does not change while it goes."""
 
-    kind: Kind
+    kind: str
+    """Name of the task."""
     scale: str
-    """The comparison that it belongs to, beneath `EXPERIMENTS[kind]`."""
+    """With the task, the comparison that it belongs to."""
     name: str
     params: dict[str, str]
     tags: dict[str, str]

@@ -17,13 +17,13 @@ import pandas as pd
 from filelock import FileLock
 
 from pipeline import paths
-from pipeline.tracking.about import EXPERIMENTS, About, Kind, flat, provenance
+from pipeline.catalogue import COMPARISONS, comparison_of
+from pipeline.comparisons.description import Comparison
+from pipeline.tracking.about import About, flat, provenance
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.models import registered_name
 from pipeline.tracking.server import Server
 
-COLUMNS = ("params_m", "macs_g", "paper", "released", "measured", "difference")
-"""Of the run table, in the paper's order; then the verdict."""
 MAX_EXPERIMENT_TAG = 20_000
 
 
@@ -40,9 +40,9 @@ class Row:
     metrics: dict[str, float]
 
 
-def open_comparison(kind: Kind, scale: str, config: Mapping[str, Any]) -> Path:
+def open_comparison(comparison: Comparison, scale: str, config: Mapping[str, Any]) -> Path:
     """The comparison's run folder: one for each configuration; another configuration's is put aside."""
-    folder = paths.run("compare_with_paper", f"{scale}-{kind}")
+    folder = paths.run("compare_with_paper", f"{scale}-{comparison.task.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     params = flat(dict(config))
     with FileLock(folder.with_suffix(".lock")):
@@ -57,9 +57,8 @@ def open_comparison(kind: Kind, scale: str, config: Mapping[str, Any]) -> Path:
                 earlier.rename(folder)
                 return folder
         folder.mkdir(exist_ok=True)
-        table = EXPERIMENTS[kind].partition(":")[0]
         tags = {"kind": "comparison", **provenance("dvc repro compare_with_paper")}
-        About(kind, scale, f"{table} · {scale}", params, tags).write(folder)
+        About(comparison.task.name, scale, f"{comparison.short_title} · {scale}", params, tags).write(folder)
     return folder
 
 
@@ -129,7 +128,7 @@ class ComparisonMirror:
         table = pd.DataFrame(content["table"]["data"], columns=content["table"]["columns"])
         client.set_tag(run_id, "mlflow.note.content", content["note"][:8000])
         _log_metrics(client, run_id, _table_metrics(table))
-        _log_table(client, run_id, table, "table2_imagenet" if about.kind == "classifier" else "table4_ade20k")
+        _log_table(client, run_id, table, comparison_of(about.kind).name)
         for file in sorted((self.folder / "out").iterdir()):
             client.log_artifact(run_id, str(file))
         children = self._children(content)
@@ -144,7 +143,7 @@ class ComparisonMirror:
         if "." not in self.folder.name:
             self._take_out_others(client, set(children.values()), about)
             self._mark_best(client, content["rows"], about)
-            experiment = self.server.experiment(client, EXPERIMENTS[about.kind])
+            experiment = self.server.experiment(client, comparison_of(about.kind).experiment)
             _show(client, experiment, run_id, about, content["note"])
         client.set_terminated(run_id, "FINISHED")
 
@@ -215,7 +214,10 @@ def _log_table(client: Any, run_id: str, table: pd.DataFrame, name: str) -> None
 
 def _show(client: Any, experiment: str, run_id: str, about: About, note: str) -> None:
     """A saved view of the run table with the paper's columns in the paper's order, and the table in the note."""
-    widths = {**{f"metrics.`{key}`": 105 for key in COLUMNS}, "tags.`verdict`": 330}
+    widths = {
+        **{f"metrics.`{key}`": 105 for key in comparison_of(about.kind).dashboard_columns()},
+        "tags.`verdict`": 330,
+    }
     columns = list(widths)
     state = {
         "searchFilter": f"tags.in_table = 'yes' and tags.tier = '{about.scale}'",
@@ -261,9 +263,10 @@ def views() -> dict[str, str]:
     found: dict[str, str] = {}
 
     def look(client: Any) -> None:
-        for kind in EXPERIMENTS:
-            experiment = client.get_experiment_by_name(EXPERIMENTS[kind])
-            for file in sorted(paths.RUNS.glob(f"compare_with_paper/*-{kind}/about.json")) if experiment else ():
+        for comparison in COMPARISONS:
+            experiment = client.get_experiment_by_name(comparison.experiment)
+            pattern = f"compare_with_paper/*-{comparison.task.name}/about.json"
+            for file in sorted(paths.RUNS.glob(pattern)) if experiment else ():
                 about = About.read(file.parent)
                 if about is not None and f"mlflow.sharedViewState.table-{about.scale}" in experiment.tags:
                     found[about.name] = view_path(experiment.experiment_id, about.scale)

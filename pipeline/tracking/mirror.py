@@ -16,7 +16,8 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from pipeline import paths
-from pipeline.tracking.about import EXPERIMENTS, About
+from pipeline.catalogue import comparison_of
+from pipeline.tracking.about import About
 from pipeline.tracking.run_files import RunFiles
 from pipeline.tracking.server import Server
 
@@ -140,7 +141,7 @@ class Mirror:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-        experiment = self.server.experiment(client, EXPERIMENTS[about.kind])
+        experiment = self.server.experiment(client, comparison_of(about.kind).experiment)
         if run is None:  # perhaps it was made, and the answer was lost
             known = client.search_runs([experiment], f"tags.run_folder_key = '{about.key}'", ViewType.ALL)
             run = min(known, key=lambda candidate: candidate.info.lifecycle_stage == "deleted", default=None)

@@ -13,17 +13,19 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.about import About, Kind
+from pipeline.catalogue import find_task
+from pipeline.tasks.description import load
+from pipeline.tracking.about import About
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
 
 EXAMPLE_PX = 64
-"""At most; the models take any multiple of 32, and an example is kept as text."""
+"""The models take any multiple of 32, and an example is kept as text."""
 
 
-def registered_name(kind: Kind, variant: str, scale: str) -> str:
+def registered_name(task: str, variant: str, scale: str) -> str:
     """As `poolformer_s12-classifier-demo`: weights of different data are different models."""
-    return f"{variant}-{kind}-{scale}"
+    return f"{variant}-{task}-{scale}"
 
 
 def register(server: Server, folder: Path) -> bool:
@@ -49,28 +51,27 @@ def _log(client: Any, run_id: str, about: About, weights: Path) -> str:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from pipeline.models import create_classifier, create_segmenter
-
     call = json.loads((weights.parent.parent / "work.json").read_text())["arguments"]
-    create = create_classifier if about.kind == "classifier" else create_segmenter
+    task = find_task(about.kind)
     with torch.device("meta"):  # no random weights for those of the file to replace
-        model = create(call["variant"], call["num_classes"]).eval()
+        model = load(task.create)(call["variant"], call["num_classes"]).eval()
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"], assign=True)
 
     classes = call["num_classes"]
-    output = (-1, classes) if about.kind == "classifier" else (-1, classes, -1, -1)
+    output = (-1, classes, -1, -1) if task.is_dense else (-1, classes)
     single = np.dtype("float32")
     signature = ModelSignature(
         Schema([TensorSpec(single, (-1, 3, -1, -1), "images")]), Schema([TensorSpec(single, output, "logits")])
     )
-    size = min(EXAMPLE_PX, call["recipe"].get("image_size") or call["recipe"]["crop_size"])
     before = client.get_run(run_id).info
     with _quietly(), mlflow.start_run(run_id=run_id):
         logged = mlflow.pytorch.log_model(
             model,
             name="model",
             signature=signature,
-            input_example={"images": np.zeros((1, 3, size, size), single)},  # an image of ImageNet's mean colour
+            input_example={
+                "images": np.zeros((1, 3, EXAMPLE_PX, EXAMPLE_PX), single)
+            },  # an image of ImageNet's mean colour
             pip_requirements=[f"torch=={torch.__version__}", "timm"],
             serialization_format="pickle",
             registered_model_name=registered_name(about.kind, call["variant"], about.scale),

@@ -42,10 +42,9 @@ class SegmentationTask:
         load_released(classifier, backbone)
         model.load_backbone(classifier.state_dict())
         self.model: nn.Module = model
-        self.total_steps = recipe.total_steps
-        self.steps_per_epoch = max(
-            1, int(open_beton(beton, fields=("image", "mask")).num_samples) // recipe.global_batch_size
-        )
+        samples = int(open_beton(beton, fields=("image", "mask")).num_samples)
+        self.total_steps = recipe.total_steps(samples)
+        self.steps_per_epoch = max(1, samples // recipe.global_batch_size)
 
     def learning_rate(self, step: int) -> float:
         recipe = self.recipe

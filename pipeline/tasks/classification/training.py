@@ -150,7 +150,7 @@ def _looks(task: ClassificationTask, validation: dict[str, Any], profile: Profil
     if not profile.validations:
         return None
     # By name, as the looks change no weight: how a classifier is measured is no part of what a training depends on.
-    images = import_module("pipeline.tasks.validation").ValidationSet(**validation)
+    images = import_module("pipeline.tasks.classification.evaluation").ValidationSet(**validation)
     if not Path(images.beton).exists():
         log.warning("no %s: top-1 will be known at the end alone", images.beton)
         return None

@@ -5,7 +5,6 @@ reads its arguments with DVC's own parser, and has DVC's graph say which stages 
 to when DVC comes to it. Started in another way, a stage queues itself alone.
 """
 
-import importlib
 import logging
 import os
 import time
@@ -16,10 +15,12 @@ from typing import Any
 
 import psutil
 
+from pipeline.catalogue import TASKS
 from pipeline.cluster import Profile
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.submission import queue
+from pipeline.launch.works import of_stage
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,10 @@ log = logging.getLogger(__name__)
 def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> list[Work]:
     """Submit a training together with those that the surrounding `dvc repro` will run after it.
 
-    Returns the others: those whose data is there already.
+    Returns the others: those whose data is there already. On this machine jobs run one by one, and there are none.
     """
+    if profile.kind != "slurm":
+        return []
     dvc = _surrounding_dvc()
     others = _trainings_to_come(params, dvc.options) if dvc is not None else []
     queue([work, *others], profile, since=dvc.started if dvc is not None else time.time())
@@ -61,16 +64,16 @@ def _trainings_to_come(params: Params, options: Namespace) -> list[Work]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    # Released weights are put in a classifier's place by the stage itself, not by a job.
-    trainings = ("train_segmenter", *(["train_classifier"] if params.classification.weights == "trained" else []))
+    # Released weights are put in a training's place by the stage itself, not by a job.
+    trainings = tuple(task.training_stage for task in TASKS.values() if not task.takes_released(params))
     try:
         with Repo() as repo, repo.lock:  # free while a command of a stage runs
             names = _stale_trainings(repo, options, trainings)
     except DvcException as error:
         log.info("queued this training alone: %s", error)
         return []
-    stages = {stage: importlib.import_module(f"pipeline.stages.{stage}") for stage in trainings}
-    return [stages[stage].work(params, variant, int(seed)) for stage, variant, seed in names]
+    works = [of_stage(params, stage, variant, int(seed)) for stage, variant, seed in names]
+    return [work for work in works if work is not None]
 
 
 def _parsed(words: list[str]) -> Namespace | None:

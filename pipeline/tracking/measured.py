@@ -1,53 +1,52 @@
 """The finished tables in MLflow: what each run's row says, written down and mirrored."""
 
-import logging
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from pipeline import paths
+from pipeline.catalogue import COMPARISONS
 from pipeline.config import Params
+from pipeline.launch.works import training_folder
 from pipeline.paper import label
-from pipeline.stages._evaluation import training_of
-from pipeline.stages._sync import sync
-from pipeline.tracking.about import About, Kind, flat, provenance
+from pipeline.tasks.description import Task
+from pipeline.tracking.about import About, flat, provenance
 from pipeline.tracking.comparison import Row, open_comparison, record
 from pipeline.tracking.server import Server
-
-TABLES: dict[Kind, tuple[str, str]] = {
-    "classifier": ("table2_imagenet", "top1"),
-    "segmenter": ("table4_ade20k", "miou_aligned"),
-}
-"""The report's file, and the measurement that is held against the paper."""
-log = logging.getLogger(__name__)
+from pipeline.tracking.sync import sync
 
 
-def log_comparison(params: Params, trained: dict[Kind, pd.DataFrame], released: dict[Kind, pd.DataFrame]) -> None:
-    """Write down both tables of `reports/` for MLflow, then bring it up to date with everything in runs/.
+def log_comparisons(params: Params, trained: Mapping[str, pd.DataFrame], released: Mapping[str, pd.DataFrame]) -> None:
+    """Write down the tables of `reports/` for MLflow, then bring it up to date with everything in runs/.
 
     Args:
         params: the configuration compared.
-        trained: a row for each variant and seed.
-        released: a row for each variant whose released weights were asked for.
+        trained: by table, a row for each variant and seed.
+        released: by table, a row for each variant whose released weights were asked for.
     """
-    for kind, (name, measurement) in TABLES.items():
+    for comparison in COMPARISONS:
+        name, task = comparison.name, comparison.task
         table = pd.read_csv(paths.REPORTS / f"{name}.csv")
         cells = {str(row["model"]): row for _, row in table.iterrows()}
-        rows = [_seed_row(params, kind, cells[run["variant"]], run, measurement) for _, run in trained[kind].iterrows()]
-        rows += [_released_row(params, kind, cells[file["variant"]], file) for _, file in released[kind].iterrows()]
+        rows = [
+            _seed_row(params, task, cells[run["variant"]], run, comparison.measured)
+            for _, run in trained[name].iterrows()
+        ]
+        rows += [_released_row(params, task, cells[file["variant"]], file) for _, file in released[name].iterrows()]
         files = [paths.REPORTS / f"{name}.{suffix}" for suffix in ("csv", "md", "html", "tex")]
-        folder = open_comparison(kind, params.scale, params.model_dump(mode="json"))
+        folder = open_comparison(comparison, params.scale, params.model_dump(mode="json"))
         note = (paths.REPORTS / f"{name}.md").read_text()
         record(folder, table, note, [row for row in rows if row], [*files, paths.REPORTS / "index.html"])
     sync(Server())
 
 
 def _seed_row(
-    params: Params, kind: Kind, cells: "pd.Series[Any]", run: "pd.Series[Any]", measurement: str
+    params: Params, task: Task, cells: "pd.Series[Any]", run: "pd.Series[Any]", measurement: str
 ) -> Row | None:
     """One seed's measurement beside the paper's number; the verdict is that of all its seeds."""
     name = f"{run['variant']}-{run['seed']}"
-    folder = training_of(params, kind, str(run["variant"]), int(run["seed"]))
+    folder = training_folder(params, task, str(run["variant"]), int(run["seed"]))
     about = None if folder is None else About.read(folder)
     if folder is None or about is None:
         return None  # its results were pulled from elsewhere
@@ -55,22 +54,22 @@ def _seed_row(
     metrics = {**_paper_cells(cells), "measured": measured, "seeds": float(cells["seeds"])}
     if pd.notna(cells["tolerance"]):
         metrics["difference"] = round(measured - float(cells["paper"]), 6)
-    note = f"**{cells['verdict']}** ({_seeds(int(cells['seeds']))})\n\nAgain: `dvc repro train_{kind}@{name}`"
+    note = f"**{cells['verdict']}** ({_seeds(int(cells['seeds']))})\n\nAgain: `dvc repro {task.training_stage}@{name}`"
     return Row(str(folder), about.key, run["variant"], note, {"verdict": str(cells["verdict"])}, metrics)
 
 
-def _released_row(params: Params, kind: Kind, cells: "pd.Series[Any]", file: "pd.Series[Any]") -> Row | None:
+def _released_row(params: Params, task: Task, cells: "pd.Series[Any]", file: "pd.Series[Any]") -> Row | None:
     variant = str(file["variant"])
-    folder = paths.run("evaluate_released", f"{variant}-{kind}")
+    folder = paths.run("evaluate_released", f"{variant}-{task.name}")
     if file["status"] != "measured" or not (folder / "done").exists():
         return None
     command = f"dvc repro evaluate_released@{variant}"
     about = About.read(folder)
     if about is None:
-        tags = {"kind": kind, "model": label(variant), "variant": variant, "weights": str(file["file"])}
+        tags = {"kind": task.name, "model": label(variant), "variant": variant, "weights": str(file["file"])}
         config = {"variant": variant, "weights": str(file["file"]), "evaluation": params.evaluation.model_dump()}
         name = f"{label(variant)} · released weights"
-        about = About(kind, params.scale, name, flat(config), tags | provenance(command))
+        about = About(task.name, params.scale, name, flat(config), tags | provenance(command))
         about.write(folder)
     metrics = {**_paper_cells(cells), "released": float(cells["released"])}
     if pd.notna(cells["released_difference"]):

@@ -1,0 +1,30 @@
+"""Every task, data set and comparison of the project, in the paper's order: what all others iterate over."""
+
+from pipeline.comparisons.description import Comparison
+from pipeline.comparisons.table2 import TABLE2
+from pipeline.comparisons.table4 import TABLE4
+from pipeline.errors import UserError, unknown
+from pipeline.tasks.classification.description import CLASSIFIER
+from pipeline.tasks.description import DataSet, Task
+from pipeline.tasks.segmentation.description import SEGMENTER
+
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFIER, SEGMENTER)}
+"""One that starts from another stands behind it."""
+DATA_SETS: dict[str, DataSet] = {task.data.name: task.data for task in TASKS.values()}
+COMPARISONS: tuple[Comparison, ...] = (TABLE2, TABLE4)
+
+
+def find_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        UserError: there is none; the message has the valid names.
+    """
+    if name not in TASKS:
+        raise UserError(unknown(f"task {name!r}", name, TASKS))
+    return TASKS[name]
+
+
+def comparison_of(task: str) -> Comparison:
+    """The table that a task's trainings stand in."""
+    return next(comparison for comparison in COMPARISONS if comparison.task is find_task(task))

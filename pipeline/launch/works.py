@@ -1,0 +1,116 @@
+"""A task's training and evaluation as works: the calls that run as jobs, with their arguments and inputs."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from pipeline import paths
+from pipeline.catalogue import TASKS
+from pipeline.config import Params
+from pipeline.errors import UserError, unknown
+from pipeline.launch.fingerprint import Upstream, Work
+from pipeline.launch.submission import Run, find_run
+from pipeline.tasks.description import Task
+
+
+def training(params: Params, task: Task, variant: str, seed: int) -> Work | None:
+    """A training, behind that of the task that it starts from; None where released weights take its place.
+
+    Its fingerprint is known before there are weights to start from.
+    """
+    if task.takes_released(params):
+        return None
+    beton, recipe = task.data.beton(task.data.training), task.params(params).recipe_for(variant)
+    arguments = {
+        "variant": variant,
+        "seed": seed,
+        "recipe": recipe.model_dump(mode="json"),
+        "num_classes": task.data.section(params).num_classes,
+        "beton": str(beton),
+    }
+    inputs, after = [paths.manifest(beton)], None
+    if (base := task.starts_from) is not None:
+        upstream, backbone = training(params, base, variant, seed), paths.model(base.name, variant, seed)
+        arguments |= {"backbone": str(backbone), "backbone_classes": base.data.section(params).num_classes}
+        if upstream is None:
+            inputs.append(backbone)
+        else:
+            after = Upstream(upstream, "weights.pt", place=backbone, argument="backbone")
+
+    def computed() -> dict[str, Any]:
+        return {"peak_learning_rate": recipe.learning_rate, "total_steps": recipe.total_steps(samples(beton))}
+
+    return Work(
+        stage=task.training_stage,
+        name=f"{variant}-{seed}",
+        call=task.train,
+        arguments=arguments,
+        inputs=tuple(inputs),
+        after=after,
+        watching=task.watching(params, variant),
+        computed=computed,
+    )
+
+
+def evaluation(params: Params, task: Task, variant: str, seed: int) -> Work:
+    """The evaluation of a training's weights."""
+    weights = paths.model(task.name, variant, seed)
+    return _evaluation(params, task, variant, task.evaluation_stage, f"{variant}-{seed}", weights)
+
+
+def evaluation_of_released(params: Params, task: Task, variant: str, weights: Path) -> Work:
+    """The evaluation of released weights."""
+    return _evaluation(params, task, variant, "evaluate_released", f"{variant}-{task.name}", weights)
+
+
+def _evaluation(params: Params, task: Task, variant: str, stage: str, name: str, weights: Path) -> Work:
+    beton = task.data.beton(task.data.evaluation)
+    return Work(
+        stage=stage,
+        name=name,
+        call=task.evaluate,
+        arguments={
+            "variant": variant,
+            **task.evaluation_arguments(params, variant),
+            "num_classes": task.data.section(params).num_classes,
+            "beton": str(beton),
+            "weights": str(weights),
+        },
+        inputs=(paths.manifest(beton), weights),
+    )
+
+
+STAGES = {task.training_stage: (training, task) for task in TASKS.values()} | {
+    task.evaluation_stage: (evaluation, task) for task in TASKS.values()
+}
+"""Those whose runs are a variant's and a seed's."""
+
+
+def of_stage(params: Params, stage: str, variant: str, seed: int) -> Work | None:
+    """The work of a stage by its name, as `train_classifier`; None for a training whose place released weights take.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    if stage not in STAGES:
+        raise UserError(unknown(f"stage {stage!r}", stage, STAGES))
+    make, task = STAGES[stage]
+    return make(params, task, variant, seed)
+
+
+def training_folder(params: Params, task: Task, variant: str, seed: int) -> Path | None:
+    """The folder of the run that made the weights which these parameters ask for, in its place or put aside.
+
+    None where they came another way: pulled, or released. What lies in the run's place now may be another run.
+    """
+    work = training(params, task, variant, seed)
+    if work is None or not all(path.exists() for path in work.inputs):
+        return None
+    folder = find_run(Run.of(work))
+    return folder if folder is not None and (folder / "done").exists() else None
+
+
+def samples(beton: Path) -> int:
+    """How many there are in a .beton, by its manifest: one row for each below the heading."""
+    with paths.manifest(beton).open(newline="") as file:
+        return sum(1 for _ in csv.reader(file)) - 1

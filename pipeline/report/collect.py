@@ -1,0 +1,181 @@
+"""What the report is made of, gathered from results/, runs/ and the checkout."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline import paths
+from pipeline.catalogue import COMPARISONS, TASKS
+from pipeline.config import Params
+from pipeline.launch import record
+from pipeline.launch.works import training_folder
+from pipeline.paper import label, recipe_differences
+from pipeline.report.background import Background, Provenance
+from pipeline.tasks.description import Task
+from pipeline.tracking.about import About, git_commit
+from pipeline.tracking.mirror import Mirror
+from pipeline.tracking.server import Server
+from pipeline.variants import VARIANTS
+
+CURVE_ROWS = 1000
+"""Of a training's curve, at most: more than a figure shows."""
+SOFTWARE = ("torch", "timm", "ffcv", "dvc", "mlflow")
+
+
+def settings(params: Params) -> dict[str, str]:
+    """What a reader wants to know first of how it was made."""
+    return {
+        "Scale": params.scale,
+        "Seeds": ", ".join(map(str, params.seeds)),
+        "Commit of this report": git_commit() or "not in a git checkout",
+        "Software": ", ".join(f"{name} {version(name)}" for name in SOFTWARE),
+    }
+
+
+def measured(params: Params) -> dict[str, pd.DataFrame]:
+    """By table, a row for each trained variant and seed: its metrics, and what its training took on GPUs."""
+    found = {}
+    for comparison in COMPARISONS:
+        task, rows = comparison.task, []
+        for variant, seed in [] if task.takes_released(params) else _runs(params, task):
+            metrics = json.loads(paths.metrics(task.evaluation_stage, f"{variant}-{seed}").read_text())
+            rows.append({"variant": variant, "seed": seed, **metrics, **_gpu_cost(task, variant, seed)})
+        found[comparison.name] = pd.DataFrame(rows)
+    return found
+
+
+def released(params: Params) -> dict[str, pd.DataFrame]:
+    """By table, a row for each variant whose released weights were asked for."""
+    results = {
+        variant: json.loads(paths.metrics("evaluate_released", variant).read_text())
+        for variant in params.released.variants
+    }
+    return {
+        comparison.name: pd.DataFrame(
+            [{"variant": variant, **result[comparison.task.name]} for variant, result in results.items()]
+        )
+        for comparison in COMPARISONS
+    }
+
+
+def curves(params: Params) -> pd.DataFrame:
+    """Loss, learning rate and validation passes of every training: variant, seed, task, step, metric, value."""
+    found = []
+    for task in TASKS.values():
+        for variant, seed in _runs(params, task):
+            curve = pd.read_csv(paths.curve(task.training_stage, variant, seed))
+            tidy = curve.iloc[:: len(curve) // CURVE_ROWS + 1].melt(
+                id_vars=["step"], value_vars=["loss", "learning_rate"], var_name="metric"
+            )
+            if "validation.csv" in task.training_outputs:
+                tidy = pd.concat([tidy, _top1(task, variant, seed, curve)])
+            found.append(tidy.assign(variant=variant, seed=seed, task=task.section))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def recipe_differences_of(params: Params) -> dict[str, list[str]]:
+    """For each variant the fields of data, evaluation and recipes that are not the paper's."""
+    differences: dict[str, list[str]] = {}
+    for variant in VARIANTS:
+        sections = {task.data.name: task.data.section(params).model_dump() for task in TASKS.values()}
+        for task in TASKS.values():
+            settings_used = task.evaluation_params(params).model_dump() | task.evaluation_arguments(params, variant)
+            sections[f"evaluation.{task.section}"] = settings_used
+        for task in TASKS.values():
+            if variant in task.variants(params):
+                sections[task.section] = task.params(params).recipe_for(variant).model_dump()
+        differences[variant] = [
+            field for section, values in sections.items() for field in recipe_differences(section, variant, values)
+        ]
+    return differences
+
+
+def _runs(params: Params, task: Task) -> list[tuple[str, int]]:
+    return [(variant, seed) for variant in task.variants(params) for seed in params.seeds]
+
+
+def _gpu_cost(task: Task, variant: str, seed: int) -> dict[str, float]:
+    """The table's cells on a training's cost; none for one on CPUs, whose clock would make no two tables alike."""
+    cost = json.loads(paths.cost(task.training_stage, variant, seed).read_text())
+    if not cost.get("gpu_hours"):
+        return {}
+    return {
+        "train_memory_gb": cost["peak_memory_gb"],
+        "train_images_per_s": cost["images_per_s"],
+        "gpu_hours": cost["gpu_hours"],
+    }
+
+
+def _top1(task: Task, variant: str, seed: int, curve: pd.DataFrame) -> pd.DataFrame:
+    """Top-1 of the validation passes, and at the end as evaluated; empty where there was no training."""
+    passes = pd.read_csv(paths.validation(variant, seed))[["step", "top1"]]
+    if len(curve):
+        metrics = json.loads(paths.metrics(task.evaluation_stage, f"{variant}-{seed}").read_text())
+        passes.loc[len(passes)] = [curve["step"].iloc[-1], metrics["top1"]]
+    return passes.rename(columns={"top1": "value"}).assign(metric="top-1, %")
+
+
+def background(params: Params) -> Background:
+    """Cost, provenance, classes and pictures; what is not there is left out."""
+    names = _class_names(Path(params.ade20k.root))
+    iou: list[pd.DataFrame] = []
+    pictures: dict[str, Path] = {}
+    for task in TASKS.values():
+        for variant, seed in _runs(params, task) if "iou.csv" in task.evaluation_outputs else ():
+            name = f"{variant}-{seed}"
+            table = pd.read_csv(paths.iou(name)).assign(variant=variant, seed=seed)
+            iou.append(table.assign(name=[names.get(index, f"class {index}") for index in table["label"]]))
+            pictures.setdefault(variant, paths.pictures(name))
+    costs, provenance = [], []
+    for comparison in COMPARISONS:
+        task, title = comparison.task, comparison.short_title
+        for variant in task.variants(params):
+            for seed in params.seeds:
+                cost = json.loads(paths.cost(task.training_stage, variant, seed).read_text())
+                if cost:
+                    costs.append({"task": title, "variant": variant, "seed": seed, **cost})
+                provenance.append(_provenance(params, task, title, variant, seed))
+    return Background(
+        iou=pd.concat(iou, ignore_index=True) if iou else pd.DataFrame(),
+        class_names=names,
+        pictures=pictures,
+        cost=pd.DataFrame(costs),
+        provenance=provenance,
+        config=paths.PARAMS.read_text(),
+    )
+
+
+def _class_names(root: Path) -> dict[int, str]:
+    """From the data set's own list, whose numbers begin with 1; empty where it has none."""
+    file = root / "objectInfo150.txt"
+    if not file.exists():
+        return {}
+    table = pd.read_csv(file, sep="\t", skipinitialspace=True)
+    return {int(row["Idx"]) - 1: str(row["Name"]).partition(",")[0].strip() for _, row in table.iterrows()}
+
+
+def _provenance(params: Params, task: Task, table: str, variant: str, seed: int) -> Provenance:
+    row, command = f"{table}: {label(variant)}, seed {seed}", f"dvc repro {task.evaluation_stage}@{variant}-{seed}"
+    folder = training_folder(params, task, variant, seed)
+    about = None if folder is None else About.read(folder)
+    if folder is None or about is None:
+        return Provenance(row, command)
+    job, software = record.read_job(folder), record.read_lines(folder / "software.jsonl")
+    return Provenance(
+        row,
+        command,
+        commit=about.tags.get("git_commit", ""),
+        fingerprint=record.fingerprint_of(folder) or "",
+        data=about.datasets[0]["digest"] if about.datasets else "",
+        software="; ".join(dict.fromkeys(_versions(line) for line in software)),
+        adopted="; ".join(f"from {line['from'][:12]}: {line['because']}" for line in record.adoptions(folder)),
+        job=f"{job.kind} {job.job_id}" if job is not None else "",
+        log=str(folder / "log.txt") if job is not None else "",
+        mlflow_run=Mirror(Server(), folder).run_id or "",
+    )
+
+
+def _versions(attempt: dict[str, str]) -> str:
+    return ", ".join(f"{name} {attempt[name]}" for name in ("torch", "timm", "ffcv", "python") if name in attempt)

@@ -1,0 +1,139 @@
+"""What a task is to the rest of the project: stages, plan, doctor, MLflow and the report iterate over descriptions.
+
+A description imports neither torch nor timm. Functions that do are named as "module:function".
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pipeline import paths
+from pipeline.config import Params
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set, as published."""
+
+    folders: tuple[str, ...]
+    """Beneath the data set's root."""
+    images: int
+    size_bytes: float
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set with its stages `prepare_<name>` and `convert_<name>`."""
+
+    name: str
+    """Of its section in params.yaml, and of its folders beneath data/."""
+    title: str
+    splits: Mapping[str, Split]
+    training: str
+    """The split that is trained on."""
+    evaluation: str
+    """The split that is measured on."""
+    prepare: str
+    """(its section of params.yaml): write the demo's images if asked for, check the folder, list its files."""
+    convert: str
+    """(its section, workers): list to .beton, for each split that the section names."""
+    convert_code: tuple[str, ...]
+    """What decides a .beton's content."""
+    beton_share: Callable[[Any], float] = lambda data: 1.0
+    """Size of a .beton over that of the images' files, given the section of params.yaml."""
+
+    def section(self, params: Params) -> Any:
+        return getattr(params, self.name)
+
+    def beton(self, split: str) -> Path:
+        return paths.beton(self.name, split)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of an evaluation's JSON."""
+
+    key: str
+    heading: str
+    unit: str = "%"
+    digits: int = 2
+    in_tables: bool = False
+    """Whether tables show its mean over the seeds in a column of its own, behind those of the comparison."""
+    in_dashboard: bool = False
+    """Whether MLflow's run table has it as a column."""
+
+    def __str__(self) -> str:
+        return f"{self.heading}, {self.unit}" if self.unit else self.heading
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of model with its training and evaluation: stages `train_<name>` and `evaluate_<name>`."""
+
+    name: str
+    section: str
+    """Of params.yaml (variants to train, recipe), and of params.yaml's `evaluation`."""
+    data: DataSet
+    train: str
+    """(world, run folder, profile, variant, seed, recipe, num_classes, beton, ...): see `tasks.training.run_recipe`."""
+    evaluate: str
+    """(world, run folder, profile, variant, num_classes, beton, weights, ...): writes `out/metrics.json` and more."""
+    create: str
+    """(variant, num_classes): a model whose `state_dict()` is that of the weights."""
+    released: str
+    """File name of each variant's released weights."""
+    metrics: tuple[Metric, ...]
+    evaluation_arguments: Callable[[Params, str], dict[str, Any]]
+    """Further arguments of `evaluate`, given a variant: how the images are prepared."""
+    forward_gmacs: Callable[[str, float], float]
+    """10^9 multiply-adds of a forward pass, given a variant and the side of a square image in pixels."""
+    evaluation_gmacs: Callable[[Params, str], float]
+    """The same for one image of the evaluation, all its passes together."""
+    parameters: Callable[[Params, str], int]
+    """Of a variant's model."""
+    starts_from: "Task | None" = None
+    """The task whose weights a training starts from, of the same variant and seed."""
+    takes_released: Callable[[Params], bool] = lambda params: False
+    """Whether the authors' weights take the place of a training."""
+    watching: Callable[[Params, str], dict[str, Any]] = lambda params, variant: {}
+    """Arguments of `train` that change no result."""
+    accumulates: bool = True
+    """Whether a share of the global batch may be computed in micro-batches: not with batch norm."""
+    is_dense: bool = False
+    """Whether the logits have a height and a width."""
+    training_outputs: Mapping[str, str] = field(default_factory=dict)
+    """Files in `out/` of a training beyond weights, curve and cost, and where they go; `{name}` is variant-seed."""
+    evaluation_outputs: Mapping[str, str] = field(default_factory=dict)
+    """The same for an evaluation, beyond its metrics."""
+
+    @property
+    def training_stage(self) -> str:
+        return f"train_{self.name}"
+
+    @property
+    def evaluation_stage(self) -> str:
+        return f"evaluate_{self.name}"
+
+    def placed(self, outputs: Mapping[str, str], name: str) -> dict[str, Path]:
+        """`training_outputs` or `evaluation_outputs` of one run, with their places."""
+        return {file: Path(place.format(name=name)) for file, place in outputs.items()}
+
+    def params(self, params: Params) -> Any:
+        """Its section: `train`, `recipe_for(variant)`."""
+        return getattr(params, self.section)
+
+    def evaluation_params(self, params: Params) -> Any:
+        return getattr(params.evaluation, self.section)
+
+    def variants(self, params: Params) -> list[str]:
+        """Those that are trained, or whose trained weights are measured."""
+        trained: list[str] = self.params(params).train
+        return trained
+
+
+def load(reference: str) -> Any:
+    """What "module:name" names."""
+    module, name = reference.split(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,111 @@
+"""What is shown and mirrored into MLflow of a training while it runs, and of an evaluation behind it."""
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from pipeline import paths
+from pipeline.catalogue import TASKS, comparison_of
+from pipeline.config import Params
+from pipeline.launch.fingerprint import Work, fingerprint
+from pipeline.launch.jobs import run_job
+from pipeline.launch.works import training_folder
+from pipeline.paper import label
+from pipeline.tasks.description import Task
+from pipeline.tracking.about import About, dataset, flat, provenance
+from pipeline.tracking.comparison import open_comparison
+from pipeline.tracking.server import Server
+from pipeline.tracking.sync import catch_up, mirror_of, status
+from pipeline.train import history
+
+SHOW_EVERY_S = 5.0
+LOOK_AT_OTHERS_EVERY_S = 60.0
+log = logging.getLogger(__name__)
+
+
+def follow(params: Params, task: Task, work: Work, ahead: Sequence[Work], outputs: dict[str, Path]) -> None:
+    """Run a training job, showing its progress and mirroring it, and the trainings queued with it, into MLflow."""
+    open_comparison(comparison_of(task.name), params.scale, params.model_dump(mode="json"))
+    folder = paths.run(work.stage, work.name)
+    server = Server()
+    mirror = mirror_of(server, folder)
+    shown = {"at": 0.0, "step": -1, "others_at": time.monotonic()}
+
+    def watch(_: Path) -> None:
+        now = time.monotonic()
+        if now - shown["at"] < SHOW_EVERY_S:
+            return
+        _describe(params, task, work)
+        records = history.read(folder / "history.jsonl")
+        if records and records[-1]["step"] != shown["step"]:
+            log.info("%s: %s", work.name, history.progress_line(records[-1]))
+            shown["step"] = records[-1]["step"]
+        mirror.update("RUNNING", in_a_hurry=True)
+        if ahead and now - shown["others_at"] > LOOK_AT_OTHERS_EVERY_S:
+            for other in ahead:
+                _describe(params, _task_of(other), other)
+            catch_up(server, running=True)
+            shown["others_at"] = time.monotonic()
+        shown["at"] = time.monotonic()
+
+    try:
+        run_job(work, outputs, watch)
+    finally:
+        if _describe(params, task, work):
+            mirror.update(status(folder))
+        catch_up(server)
+
+
+def run_evaluation(params: Params, task: Task, work: Work, outputs: dict[str, Path]) -> None:
+    """Run an evaluation job, and log what it measured where the training of the same name was logged."""
+
+    def import_meanwhile(_: Path) -> None:
+        import_module("mlflow")  # takes seconds, which cost nothing while the job runs
+
+    run_job(work, outputs, import_meanwhile)
+    server = Server()
+    variant, _, seed = work.name.rpartition("-")
+    training = training_folder(params, task, variant, int(seed))
+    if training is not None and About.read(training) is not None:
+        with paths.written_atomically(training / "evaluation.json") as temporary:
+            shutil.copyfile(outputs["metrics.json"], temporary)
+        mirror_of(server, training).update(status(training))
+    catch_up(server)
+
+
+def _task_of(work: Work) -> Task:
+    return next(task for task in TASKS.values() if task.training_stage == work.stage)
+
+
+def _describe(params: Params, task: Task, work: Work) -> bool:
+    """Write `about.json`, once: a run that is resumed or collected stays the MLflow run that it was.
+
+    False where the folder is not this work's: nothing was submitted, or another's job holds it.
+    """
+    folder = paths.run(work.stage, work.name)
+    mark = folder / "fingerprint"
+    if About.read(folder) is None and mark.exists() and mark.read_text() == fingerprint(work):
+        _about(params, task, work).write(folder)
+    return About.read(folder) is not None
+
+
+def _about(params: Params, task: Task, work: Work) -> About:
+    variant, seed = work.arguments["variant"], work.arguments["seed"]
+    data = task.data.section(params)
+    config = {
+        "scale": params.scale,
+        "variant": variant,
+        "seed": seed,
+        "recipe": work.arguments["recipe"],
+        "data": data.model_dump(mode="json"),
+        "evaluation": task.evaluation_params(params).model_dump(mode="json"),
+    }
+    if task.starts_from is not None:
+        config["backbone"] = task.starts_from.params(params).recipe_for(variant).model_dump(mode="json")
+    tags = {"kind": task.name, "model": label(variant), "variant": variant, "seed": str(seed)}
+    tags |= provenance(f"dvc repro {work.stage}@{work.name}")
+    datasets = [dataset(f"{task.data.name} training", data.root, work.inputs[0], "training")]
+    return About(task.name, params.scale, f"{label(variant)} · seed {seed}", flat(config), tags, datasets)
