@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return examine(verify=options.verify, test_job=options.test_job)
     if options.command == "jobs":
-        from pipeline.launch.listing import show_jobs
+        from pipeline.launch.jobs import show_jobs
 
         show_jobs()
         return 0

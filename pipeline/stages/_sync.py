@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pipeline import paths
 from pipeline.launch import record
-from pipeline.launch.status import Status
 from pipeline.launch.submission import state
 from pipeline.tracking.about import About
 from pipeline.tracking.comparison import ComparisonMirror
@@ -54,7 +53,7 @@ def status(folder: Path) -> RunStatus:
     job = record.read_job(folder)
     word = ""
     if job is not None:
-        scheduler = state(job) if job.job_id is not None else Status("SUBMITTING", False)
+        scheduler = state(job)
         if not scheduler.is_over:
             return "RUNNING"
         word = scheduler.state
