@@ -306,3 +306,63 @@ def test_what_slurm_says_of_a_job(
         cache = json.loads((paths.RUNS / "slurm.json").read_text())
         (paths.RUNS / "slurm.json").write_text(json.dumps({**cache, "asked": 0.0}))
     assert status.is_over is is_over
+
+
+SBATCH = """#!/bin/sh
+echo called >> "$FAKE/calls"
+[ -e "$FAKE/answers" ] && { echo "Submitted batch job 12"; exit 0; }
+touch "$FAKE/answers"
+echo "sbatch: error: Unable to contact slurm controller (connect failure)" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("is_heard", [True, False])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_submission_without_an_answer_is_found_or_repeated(
+    is_heard: bool, number: int, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against programs in place of Slurm's: sbatch reports no connection, though Slurm may have the job."""
+    elements = "12" if number == 1 else "$(printf '12_0\\n12_1')"
+    listed = f'for id in {elements}; do echo "$id|PENDING|Priority|N/A||the-token"; done' if is_heard else "true"
+    for name, text in (("sbatch", SBATCH), ("squeue", f"#!/bin/sh\n{listed}\n"), ("srun", "#!/bin/sh\n")):
+        (run_folder / name).write_text(text)
+        (run_folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{run_folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(run_folder))
+    monkeypatch.setattr("pipeline.launch.slurm.POLL_S", 0)
+    profile = Profile(kind="slurm", gpus_per_node=0, cpus_per_task=1)
+    places = [None] if number == 1 else range(number)
+    intents = [Job("slurm", "the-token", str(run_folder / "jobs"), {}, 0.0, place) for place in places]
+    submitted = scheduler_of("slurm").submit(intents, profile, run_folder, "name", after="5")
+    assert [job.job_id for job in submitted] == (["12"] if number == 1 else ["12_0", "12_1"])
+    assert len((run_folder / "calls").read_text().split()) == (1 if is_heard else 2)
+    assert (run_folder / "jobs/the-token.pkl").exists()
+    if not is_heard:
+        script = (run_folder / "jobs/12_submission.sh").read_text()
+        assert "#SBATCH --comment=the-token" in script
+        assert "#SBATCH --dependency=afterok:5" in script
+        assert f"export PYTHONPATH={run_folder}" in script
+
+
+def test_the_batch_script_retries_failed_ranks_and_not_a_run_that_is_done(run_folder: Path) -> None:
+    """The command that its lines after srun run, with Slurm's variables."""
+    jobs = run_folder / "jobs"
+    attempts.write_folders(jobs, [run_folder])
+    (run_folder / "fingerprint").write_text("ab")
+    record.write_job(run_folder, Job("slurm", "the-token", str(jobs), {}, 0.0, job_id="7"))
+    leave_error(run_folder, Attempt("7", 1), 0, ValueError("bad pixel"))
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SUBMITIT_"))}
+    variables |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+
+    def after_srun() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline.launch.attempts", str(jobs)]
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+    failed = after_srun()
+    assert failed.returncode == 1
+    assert "ValueError: bad pixel; retrying" in failed.stdout
+    assert (jobs / "7.again").exists()
+    (run_folder / "done").write_text("ab")
+    assert after_srun().returncode == 0
+    assert [failure.attempt for failure in record.failures(run_folder)] == ["7.1"]
