@@ -105,7 +105,7 @@ def _doctor(options: Options) -> int:
 
 
 def _jobs(_: Options) -> int:
-    from pipeline.launch.listing import show_jobs
+    from pipeline.launch.jobs import show_jobs
 
     show_jobs()
     return 0

@@ -1,4 +1,4 @@
-"""Cluster profiles: where a job runs and how a global batch is spread there. Never a DVC dependency."""
+"""Cluster profiles: where a job runs, and how a global batch is spread over its ranks. Never a DVC dependency."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,29 +22,33 @@ class Profile(Strict):
 
     kind: Literal["local", "slurm"] = Field(description="this machine, or sbatch")
     nodes: int = Field(default=1, ge=1)
-    gpus_per_node: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): all there are")
-    ranks_per_node: int | None = Field(default=None, ge=1, description="default: one a GPU, else one")
+    gpus_per_node: int | Literal["auto"] = Field(
+        default="auto", description="'auto' (local only): all of this machine's"
+    )
+    ranks_per_node: int | None = Field(default=None, ge=1, description="default: one per GPU, or one without GPUs")
     cpus_per_task: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): cores / ranks")
-    max_images_per_device: int = Field(default=128, ge=1, description="larger shares of a batch are accumulated")
+    max_images_per_device: int = Field(
+        default=128, ge=1, description="larger shares of a batch are accumulated over micro-batches"
+    )
     activation_checkpointing: bool = Field(
         default=False, description="less memory in training, a third more arithmetic"
     )
     compile: bool = Field(default=False, description="training's blocks through torch.compile")
     checkpoint_interval_s: float = Field(default=600, gt=0)
     validations: int = Field(
-        default=30, ge=0, description="looks at a classifier's top-1 while it trains, evenly over the epochs; 0: none"
+        default=30,
+        ge=0,
+        description="validation passes during a classifier's training, spread evenly over the epochs; 0: none",
     )
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    memory_gb: float | None = Field(default=None, gt=0, description="a node")
+    memory_gb: float | None = Field(default=None, gt=0, description="per node")
     time_min: int = Field(default=24 * 60, ge=1, description="longest a job may run before it is requeued")
     signal_delay_s: int = Field(default=120, ge=1, description="warning before the time limit, to write a checkpoint")
-    array_parallelism: int = Field(
-        default=256, ge=1, description="trainings that run at once, of those queued together"
-    )
-    container: str | None = Field(default=None, description="command that runs what follows it in a container")
+    array_parallelism: int = Field(default=256, ge=1, description="how many trainings queued together may run at once")
+    container: str | None = Field(default=None, description="command that runs its arguments in a container")
     setup: tuple[str, ...] = Field(default=(), description="shell lines before the job starts")
     environment: dict[str, str] = Field(default={}, description="environment of sbatch and of the job")
     additional: dict[str, str | int | bool] = Field(default={}, description="further #SBATCH options by long name")
@@ -71,7 +75,7 @@ class Profile(Strict):
 
     @property
     def ranks_here(self) -> int:
-        """Ranks (processes) a node."""
+        """Ranks (processes) per node."""
         return self.ranks_per_node or max(1, self.gpus)
 
     @property
@@ -88,35 +92,35 @@ class Profile(Strict):
 
 @dataclass(frozen=True)
 class Split:
-    """How one rank works through its share of a global batch."""
+    """How one rank processes its share of a global batch."""
 
     per_rank: int
     micro_batch_size: int
     accumulates: bool
-    """Whether a share may go through the model in parts."""
+    """Whether the share may be split into micro-batches."""
 
     @property
     def accumulation(self) -> int:
         return -(-self.per_rank // self.micro_batch_size)
 
     def halved(self) -> "Split | None":
-        """The same share in micro-batches of half the size or less, if there is such a way."""
+        """The same share in micro-batches of at most half the size, if that is possible."""
         if not self.accumulates or self.micro_batch_size == 1:
             return None
         return Split(self.per_rank, _micro_batch_size(self.per_rank, self.micro_batch_size // 2), True)
 
 
 def split(global_batch_size: int, world_size: int, max_images_per_device: int, *, accumulates: bool = True) -> Split:
-    """Spread a recipe's global batch over a profile's ranks: the one place where the two meet.
+    """Spread a recipe's global batch over a profile's ranks; nothing else combines the two.
 
-    The micro-batch is the largest divisor of a rank's share that the device holds, so that all are equal.
+    The micro-batch is the largest divisor of a rank's share that fits on the device, so that all are equal.
 
     Args:
-        accumulates: False for a model with batch norms: their statistics are the global batch's, which ranks can
-            compute together but micro-batches, one after the other, cannot.
+        accumulates: False for a model with batch norm: its statistics are the global batch's, which ranks can compute
+            together, but consecutive micro-batches cannot.
 
     Raises:
-        UserError: the batch cannot be shared out evenly, or is too large for a model that does not accumulate.
+        UserError: the batch cannot be divided evenly, or is too large for a model that does not accumulate.
     """
     if global_batch_size % world_size:
         fits = [size for size in range(1, world_size + 1) if global_batch_size % size == 0]
@@ -147,7 +151,7 @@ def load_profile(path: Path) -> Profile:
     """Read and check a cluster profile.
 
     Raises:
-        UserError: it is missing or has a fault.
+        UserError: it is missing or invalid.
     """
     try:
         data = yaml.safe_load(path.read_text())

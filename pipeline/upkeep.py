@@ -65,7 +65,7 @@ def _code_differences(before: dict[str, str], now: dict[str, str]) -> Iterator[s
 
 
 def _other_software(folder: Path) -> Iterator[str]:
-    attempts = record.read_lines(folder / "software.jsonl")
+    attempts = record.software(folder)
     for name, ran in sorted(attempts[-1].items()) if attempts else ():
         try:
             here = version(name)
@@ -95,7 +95,7 @@ def adopt(params: Params, stage: str, variant: str, seed: int, because: str) -> 
             raise UserError(f"{run.folder} is up to date: there is nothing to adopt")
         if (job := attach(run.folder)) is not None:
             raise UserError(f"job {job.job_id} of {run.folder} waits or runs: wait for it, or cancel it")
-        entry = {"time": time.time(), "because": because, "from": there.fingerprint, "to": run.mark}
+        entry = {"time": time.time(), "because": because, "from": there.fingerprint, "to": run.fingerprint}
         for file, more in (
             (run.folder / "adopted.jsonl", {"differences": lines}),
             # Among the results too, so that the report is made anew.
@@ -107,7 +107,7 @@ def adopt(params: Params, stage: str, variant: str, seed: int, because: str) -> 
         if record.is_done(run.folder, there.fingerprint):
             # Before the fingerprint: a run that is done must not look unfinished to whoever comes between.
             with paths.written_atomically(run.folder / "done") as temporary:
-                temporary.write_text(run.mark)
+                temporary.write_text(run.fingerprint)
         record.write_identity(run.folder, run.identity)
     return "\n".join([f"adopted {run.folder}: `dvc repro` takes it as it is, though it differs in", *lines])
 

@@ -211,7 +211,7 @@ def test_signals_requeue_and_a_lost_node_cost_at_most_one_interval(training: Tra
     disturb(training, "scancel --signal=USR2", lambda: cluster.run("scancel", "--signal=USR2", job))
     disturb(training, "scontrol requeue", lambda: cluster.run("scontrol", "requeue", job))
     disturb(training, "kill -9 of one rank", lambda: training.ranks()[1].kill())
-    assert "rank 1 on n2 ended without a word: Killed" in training.failures()[0]["message"]
+    assert "rank 1 on n2 exited without reporting an error: Killed" in training.failures()[0]["message"]
     disturb(training, "a node without power", lambda: (cluster.kill("n2"), time.sleep(3), cluster.up()))
 
     repro = training.start(*REPRO)
@@ -278,7 +278,9 @@ def test_a_launcher_killed_while_it_submits_leaves_one_job_that_is_found(trainin
         wait_until(lambda: kill_once(training.ranks().get(1), killed), "a rank to kill", PATIENCE_S)
     assert second.wait(timeout=PATIENCE_S) == 1
     said = training.outputs[-1].read_text()
-    assert "failed 3 times without getting beyond step 0: rank 1 on n2 ended without a word: Killed" in said
+    assert (
+        "failed 3 times without getting beyond step 0: rank 1 on n2 exited without reporting an error: Killed" in said
+    )
     assert "log.out" in said
     assert "Traceback" not in said
     assert training.submitted() == {training.job}
@@ -360,7 +362,7 @@ def test_a_crash_after_the_result_and_a_requeue_of_a_finished_job_train_nothing_
         assert requeued == 1, training.log()
         if not ranks:
             training.cluster.run("scontrol", "requeue", job)
-            wait_until(lambda: "nothing is left to do" in training.log(), "the second attempt", PATIENCE_S)
+            wait_until(lambda: "is already done" in training.log(), "the second attempt", PATIENCE_S)
             wait_until(lambda: training.cluster.state(job) == ended, "the job's second end", PATIENCE_S)
     finally:
         (training.checkout.folder / "slurm/faults.yaml").write_text(PROFILE)
@@ -394,7 +396,7 @@ def test_a_job_runs_the_code_it_was_queued_with_and_a_duplicate_touches_nothing(
         duplicate = cluster.run("sbatch", "--parsable", script, cwd=training.checkout.folder)
         refused = training.checkout.pipeline("convert_imagenet", check=False)
         assert refused.returncode == 1
-        assert f"cannot be converted anew while jobs read it (job {job} of train_classifier" in " ".join(
+        assert f"cannot be converted again while jobs read it (job {job} of train_classifier" in " ".join(
             refused.stderr.split()
         )
         training.finish(stage)

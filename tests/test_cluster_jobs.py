@@ -13,7 +13,7 @@ import pytest
 from conftest import Checkout
 from slurm_cluster import ON_SLURM, SlurmCluster, wait_until
 
-from pipeline.launch import slurm
+from pipeline.launch.slurm_status import POLL_S
 
 pytest_plugins = "slurm_cluster"
 pytestmark = ON_SLURM
@@ -87,7 +87,7 @@ def test_repro_queues_all_trainings_and_asks_rarely(slurm_cluster: SlurmCluster,
     with started(slurm_cluster, checkout, "dvc", "repro", output=subprocess.PIPE) as repro:
         look_at_all_that_is_queued(slurm_cluster, checkout, repro)
     assert repro.returncode != 0
-    assert "no job waits or runs" in checkout.pipeline("jobs").stdout
+    assert "no job is pending or running" in checkout.pipeline("jobs").stdout
 
 
 def look_at_all_that_is_queued(slurm_cluster: SlurmCluster, checkout: Checkout, repro: subprocess.Popen[str]) -> None:
@@ -120,7 +120,7 @@ def look_at_all_that_is_queued(slurm_cluster: SlurmCluster, checkout: Checkout, 
     wait_until(lambda: slurm_asked(queries) >= 3, "three queries")
     times = [float(line) for line in queries.read_text().split()]
     # Three processes wait. A query's time is noted by the program that stands in for squeue, which may start late.
-    assert min(b - a for a, b in itertools.pairwise(times)) >= slurm.POLL_S / 2
+    assert min(b - a for a, b in itertools.pairwise(times)) >= POLL_S / 2
     assert len(queued(slurm_cluster, checkout)) == 4  # the others attached
 
     held = next(job for job, (name, _) in names.items() if name == "train_segmenter-poolformer_s24-0")
@@ -162,7 +162,7 @@ def test_a_command_by_itself_queues_itself(slurm_cluster: SlurmCluster, checkout
     command = ("python", "-m", "pipeline", "train_classifier", "poolformer_s12", "0")
     with started(slurm_cluster, checkout, *command, output=subprocess.PIPE) as stage:
         assert stage.stdout is not None
-        while "waits (Resources" not in (line := stage.stdout.readline()) and "waits (Priority" not in line:
+        while "is pending (Resources" not in (line := stage.stdout.readline()) and "is pending (Priority" not in line:
             assert stage.poll() is None
         assert len(queued(slurm_cluster, checkout)) == 2  # itself, and the occupying job
         stage.send_signal(signal.SIGINT)

@@ -87,3 +87,15 @@ def test_paths_stay_inside_the_checkout() -> None:
     for value in vars(paths).values():
         if isinstance(value, Path):
             assert not value.is_absolute()
+
+
+def test_the_page_of_run_folders_names_every_file_in_them() -> None:
+    """And no other: docs/runs.md against the names that the code joins to a run folder or to runs/."""
+    page = (ROOT / "docs/runs.md").read_text()
+    listed = {name.rstrip("/") for name in re.findall(r"^\| `([^`]+)` \|", page, re.M)}
+    used = set()
+    for package in ("launch", "stages", "tasks", "tracking", "train"):
+        for path in (ROOT / "pipeline" / package).glob("*.py"):
+            for place, name in re.findall(r'(folder|training|RUNS) / f?"([^"/.][^"/]*)', path.read_text()):
+                used.add(("runs/" if place == "RUNS" else "") + re.sub(r"{[^}]*}", "*", name))
+    assert listed == used - {"step-*-*.pt"}  # in checkpoints/

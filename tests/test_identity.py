@@ -15,10 +15,9 @@ from pipeline.errors import UserError
 from pipeline.experiments import compose
 from pipeline.launch import record, worker
 from pipeline.launch.attempts import Attempt
-from pipeline.launch.fingerprint import code_of, content_digest, identify
+from pipeline.launch.fingerprint import code_of, content_digest, identify, snapshot
 from pipeline.launch.record import Job
-from pipeline.launch.snapshot import snapshot
-from pipeline.launch.submission import Run, _claim_folder, find_run
+from pipeline.launch.submission import Run, claim_folder, find_run
 from pipeline.launch.works import training as training_work
 from pipeline.tasks.classification.description import CLASSIFIER
 
@@ -52,19 +51,19 @@ def write_work(run: Run) -> None:
 
 
 def test_a_run_is_put_aside_whole_and_comes_back(run: Run) -> None:
-    _claim_folder(run)
+    claim_folder(run)
     checkpoint = run.folder / "checkpoints/step-40-0123456789abcdef.pt"
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(b"steps of four days")
     other = training(0.02)
-    assert other.mark != run.mark
-    _claim_folder(other)
+    assert other.fingerprint != run.fingerprint
+    claim_folder(other)
     assert not (other.folder / "checkpoints").exists()
     aside = find_run(run)
     assert aside is not None
-    assert aside.name == f"poolformer_s12-0.{run.mark[:12]}"
+    assert aside.name == f"poolformer_s12-0.{run.fingerprint[:12]}"
     assert (aside / "checkpoints" / checkpoint.name).exists()
-    _claim_folder(run)
+    claim_folder(run)
     assert checkpoint.read_bytes() == b"steps of four days"
     assert find_run(other) is not None
 
@@ -72,7 +71,7 @@ def test_a_run_is_put_aside_whole_and_comes_back(run: Run) -> None:
 def test_why_names_parameters_data_and_definitions(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     params = load_params(paths.PARAMS)
     assert "holds no run yet" in upkeep.why(params, "train_classifier", "poolformer_s12", 0)
-    _claim_folder(run)
+    claim_folder(run)
     changed = training(0.02)
     rows = "".join(f"{index},cd\n" for index in range(32))
     paths.manifest(paths.beton("imagenet", "train")).write_text(f"sample_id,sha256\n{rows}")
@@ -86,13 +85,13 @@ def test_why_names_parameters_data_and_definitions(run: Run, monkeypatch: pytest
 
 
 def test_a_job_checks_code_and_data_before_it_touches_anything(run: Run) -> None:
-    _claim_folder(run)
+    claim_folder(run)
     write_work(run)
     worker._check_identity(run.folder)
     manifest = paths.manifest(paths.beton("imagenet", "train"))
     before = manifest.read_text()
     manifest.write_text(before + "1,cd\n")
-    with pytest.raises(UserError, match=r"train\.beton\.manifest\.csv is not what it was when this job was queued"):
+    with pytest.raises(UserError, match=r"train\.beton\.manifest\.csv has changed since this job was queued"):
         worker._check_identity(run.folder)
     manifest.write_text(before)
     orders = record.read_work(run.folder)
@@ -104,20 +103,20 @@ def test_a_job_checks_code_and_data_before_it_touches_anything(run: Run) -> None
 def test_software_is_recorded_at_each_attempt_and_another_version_is_said(
     run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _claim_folder(run)
+    claim_folder(run)
     worker._record_software(run.folder, Attempt("7", 0))
     assert not caplog.records
     monkeypatch.setattr(worker, "version", lambda name: "9.9" if name == "torch" else "1")
     worker._record_software(run.folder, Attempt("7", 1))
-    first, second = record.read_lines(run.folder / "software.jsonl")
+    first, second = record.software(run.folder)
     assert (first["attempt"], second["attempt"], second["torch"]) == ("7.0", "7.1", "9.9")
-    assert f"torch is 9.9 now; the attempt before ran {first['torch']}" in caplog.text
+    assert f"torch is 9.9 now; the previous attempt ran {first['torch']}" in caplog.text
     assert len(first["pipeline.data._pixels"]) == 16
 
 
 def test_the_copy_of_the_code_is_made_once_and_does_not_change(checkout: Checkout, tmp_path: Path) -> None:
     script = (
-        "from pipeline.launch.snapshot import snapshot; from pipeline.launch.fingerprint import code_of;"
+        "from pipeline.launch.fingerprint import code_of, snapshot;"
         "print(snapshot(), code_of('pipeline.tasks.classification.training:train').digest)"
     )
 
@@ -141,13 +140,13 @@ def test_the_copy_of_the_code_is_made_once_and_does_not_change(checkout: Checkou
 def test_clean_lists_asks_and_leaves_what_is_used(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _claim_folder(run)
+    claim_folder(run)
     write_work(run)
     used = Path(record.read_work(run.folder)["snapshot"])
     unused = used.with_name("0" * 16)
     shutil.copytree(used, unused)
     other = training(0.02)
-    _claim_folder(other)
+    claim_folder(other)
     write_work(other)
     aside = find_run(run)
     assert aside is not None
@@ -173,7 +172,7 @@ def test_clean_lists_asks_and_leaves_what_is_used(
 def test_a_job_leaves_a_folder_that_has_come_to_wait_for_another(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    _claim_folder(run)
+    claim_folder(run)
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
     try:
         stopping = worker._Stopping()

@@ -10,20 +10,23 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
-from conftest import Checkout
+from conftest import ROOT, Checkout
 from slurm_cluster import wait_until
 
 from pipeline import paths
 from pipeline.cluster import Profile, load_profile
 from pipeline.errors import UserError
-from pipeline.launch import attempts, record, rendezvous, slurm
+from pipeline.launch import attempts, record, slurm_status
 from pipeline.launch.attempts import Attempt
 from pipeline.launch.record import Job
-from pipeline.launch.slurm import environment
+from pipeline.launch.scheduler import SCHEDULERS, scheduler_of
+from pipeline.launch.slurm_status import environment
+from pipeline.launch.worker import rendezvous
+from pipeline.tracking.run_files import RunFiles
 
 RUN = Path("runs/train_classifier/poolformer_s12-0")
 COMMAND = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12", "0"]
@@ -115,14 +118,14 @@ def _killed_after(replace: Callable[[Path, Path], Path]) -> Callable[[Path, Path
 
 def test_ranks_meet_at_a_free_port_and_not_at_the_attempts_before(run_folder: Path) -> None:
     """The port of the attempt before is still held; its note is there too."""
-    before = rendezvous.meet(run_folder, Attempt("4711", 1), "127.0.0.1", 0, 2)
+    before = rendezvous(run_folder, Attempt("4711", 1), "127.0.0.1", 0, 2)
     met: list[Any] = []
     attempt = Attempt("4711", 2)
-    other = threading.Thread(target=lambda: met.append(rendezvous.meet(run_folder, attempt, "127.0.0.1", 1, 2)))
+    other = threading.Thread(target=lambda: met.append(rendezvous(run_folder, attempt, "127.0.0.1", 1, 2)))
     other.start()
     time.sleep(0.3)
     assert other.is_alive()
-    store = rendezvous.meet(run_folder, attempt, "127.0.0.1", 0, 2)
+    store = rendezvous(run_folder, attempt, "127.0.0.1", 0, 2)
     other.join(timeout=30)
     store.set("key", "value")
     assert met[0].get("key") == b"value"
@@ -159,7 +162,7 @@ def test_a_rank_that_was_killed_is_named_from_the_log_of_its_own_attempt(run_fol
         f"{attempts.BEGINS} 7.1\nsrun: error: n9: task 9: Killed\nsrun: error: n1: tasks 0-8: Killed\n"
     )
     assert attempts.fail(run_folder, Attempt("7", 1), log)
-    assert record.failures(run_folder)[-1].message == "rank 9 on n9 ended without a word: Killed"
+    assert record.failures(run_folder)[-1].message == "rank 9 on n9 exited without reporting an error: Killed"
 
 
 def test_failures_are_counted_only_while_no_checkpoint_is_new(run_folder: Path) -> None:
@@ -177,12 +180,50 @@ def test_failures_are_counted_only_while_no_checkpoint_is_new(run_folder: Path) 
     assert "the last words" in said
 
 
-def test_an_error_of_the_users_is_told_alone_and_not_tried_again(run_folder: Path) -> None:
+def test_a_user_error_is_shown_by_itself_and_not_retried(run_folder: Path) -> None:
     attempt, log = Attempt("7", 0), run_folder / "jobs/7_0_log.out"
     leave_error(run_folder, attempt, 1, UserError("train.beton is cut short"))
     assert not attempts.fail(run_folder, attempt, log)
     job = Job("slurm", "t", str(run_folder / "jobs"), {}, 0.0, job_id="7")
     assert attempts.report(run_folder, job) == "train.beton is cut short"
+
+
+def test_failures_and_errors_of_jobs_queued_with_earlier_code_are_read(run_folder: Path) -> None:
+    """They say `is_users` for `is_user_error`; a line that a killed writer left unfinished is skipped."""
+    old = {"attempt": "7.0", "step": 0, "message": "no room", "is_users": True, "again": False}
+    (run_folder / "failures.jsonl").write_text(json.dumps(old) + "\n" + '{"attempt": "7.')
+    assert record.failures(run_folder) == [record.Failure("7.0", 0, "no room", is_user_error=True, again=False)]
+    (run_folder / "errors").mkdir()
+    error = {"time": 0.0, "rank": 1, "node": "n2", "message": "train.beton is cut", "is_users": True, "follows": False}
+    (run_folder / "errors/7.1.1.json").write_text(json.dumps(error))
+    assert not attempts.fail(run_folder, Attempt("7", 1), run_folder / "jobs/7_0_log.out")
+
+
+def test_a_failed_run_ended_when_its_last_error_was_written(run_folder: Path) -> None:
+    (run_folder / "history.jsonl").write_text("{}\n")
+    os.utime(run_folder / "history.jsonl", (100, 100))
+    assert RunFiles(run_folder).ended_ms() == 100_000
+    leave_error(run_folder, Attempt("7", 0), 1, ValueError("bad pixel"))
+    os.utime(run_folder / "errors/7.0.1.json", (200, 200))
+    assert RunFiles(run_folder).ended_ms() == 200_000
+    (run_folder / "done").touch()
+    os.utime(run_folder / "done", (300, 300))
+    assert RunFiles(run_folder).ended_ms() == 300_000
+
+
+def test_every_kind_of_profile_has_a_scheduler_and_another_kind_raises() -> None:
+    assert set(SCHEDULERS) == set(get_args(Profile.model_fields["kind"].annotation))
+    assert all(scheduler_of(kind).status for kind in SCHEDULERS)
+    with pytest.raises(ValueError, match=r"did you mean slurm\?"):
+        scheduler_of("slurmm")
+
+
+def test_nothing_in_launch_asks_for_the_kind_but_the_map() -> None:
+    for path in (ROOT / "pipeline/launch").glob("*.py"):
+        asked = re.findall(
+            r"\.(?:kind|cluster) *(?:==|!=|in\b).*|.*[=(] *[\"'](?:local|slurm)[\"'].*", path.read_text()
+        )
+        assert not asked, path
 
 
 def test_a_surrounding_jobs_variables_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +297,72 @@ def test_what_slurm_says_of_a_job(
     def answer(command: list[str], extra: dict[str, str]) -> str:
         text = said[command[0]]
         if text is None:
-            raise slurm.UnreachableError("Unable to contact slurm controller")
+            raise slurm_status.UnreachableError("Unable to contact slurm controller")
         return text.format(token=job.token)
 
-    monkeypatch.setattr(slurm, "ask", answer)
+    monkeypatch.setattr(slurm_status, "ask", answer)
     for _ in range(asks):
-        status = slurm.look(job)
+        status = scheduler_of(job.kind).status(job)
         cache = json.loads((paths.RUNS / "slurm.json").read_text())
         (paths.RUNS / "slurm.json").write_text(json.dumps({**cache, "asked": 0.0}))
     assert status.is_over is is_over
+
+
+SBATCH = """#!/bin/sh
+echo called >> "$FAKE/calls"
+[ -e "$FAKE/answers" ] && { echo "Submitted batch job 12"; exit 0; }
+touch "$FAKE/answers"
+echo "sbatch: error: Unable to contact slurm controller (connect failure)" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("is_heard", [True, False])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_submission_without_an_answer_is_found_or_repeated(
+    is_heard: bool, number: int, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against programs in place of Slurm's: sbatch reports no connection, though Slurm may have the job."""
+    elements = "12" if number == 1 else "$(printf '12_0\\n12_1')"
+    listed = f'for id in {elements}; do echo "$id|PENDING|Priority|N/A||the-token"; done' if is_heard else "true"
+    for name, text in (("sbatch", SBATCH), ("squeue", f"#!/bin/sh\n{listed}\n"), ("srun", "#!/bin/sh\n")):
+        (run_folder / name).write_text(text)
+        (run_folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{run_folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(run_folder))
+    monkeypatch.setattr("pipeline.launch.slurm.POLL_S", 0)
+    profile = Profile(kind="slurm", gpus_per_node=0, cpus_per_task=1)
+    places = [None] if number == 1 else range(number)
+    intents = [Job("slurm", "the-token", str(run_folder / "jobs"), {}, 0.0, place) for place in places]
+    submitted = scheduler_of("slurm").submit(intents, profile, run_folder, "name", after="5")
+    assert [job.job_id for job in submitted] == (["12"] if number == 1 else ["12_0", "12_1"])
+    assert len((run_folder / "calls").read_text().split()) == (1 if is_heard else 2)
+    assert (run_folder / "jobs/the-token.pkl").exists()
+    if not is_heard:
+        script = (run_folder / "jobs/12_submission.sh").read_text()
+        assert "#SBATCH --comment=the-token" in script
+        assert "#SBATCH --dependency=afterok:5" in script
+        assert f"export PYTHONPATH={run_folder}" in script
+
+
+def test_the_batch_script_retries_failed_ranks_and_not_a_run_that_is_done(run_folder: Path) -> None:
+    """The command that its lines after srun run, with Slurm's variables."""
+    jobs = run_folder / "jobs"
+    attempts.write_folders(jobs, [run_folder])
+    (run_folder / "fingerprint").write_text("ab")
+    record.write_job(run_folder, Job("slurm", "the-token", str(jobs), {}, 0.0, job_id="7"))
+    leave_error(run_folder, Attempt("7", 1), 0, ValueError("bad pixel"))
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SUBMITIT_"))}
+    variables |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+
+    def after_srun() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline.launch.attempts", str(jobs)]
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+    failed = after_srun()
+    assert failed.returncode == 1
+    assert "ValueError: bad pixel; retrying" in failed.stdout
+    assert (jobs / "7.again").exists()
+    (run_folder / "done").write_text("ab")
+    assert after_srun().returncode == 0
+    assert [failure.attempt for failure in record.failures(run_folder)] == ["7.1"]

@@ -19,6 +19,7 @@ from pipeline.catalogue import TASKS
 from pipeline.cluster import Profile
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work
+from pipeline.launch.scheduler import scheduler_of
 from pipeline.launch.submission import queue
 from pipeline.launch.works import of_stage
 
@@ -30,7 +31,7 @@ def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> li
 
     Returns the others: those whose data is there already. On this machine jobs run one by one, and there are none.
     """
-    if profile.kind != "slurm":
+    if not scheduler_of(profile.kind).has_queue:
         return []
     dvc = _surrounding_dvc()
     others = _trainings_to_come(params, dvc.options) if dvc is not None else []

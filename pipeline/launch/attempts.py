@@ -1,12 +1,15 @@
-"""One attempt of a job after another: which it is, what went wrong in it, whether there is to be another.
+"""The attempts of a job: which one is running, why one failed, whether there is to be another.
 
-Each rank leaves its error in the run folder. When one rank dies the others fail too, because it no longer answers
-them; those errors are passed over, and of the rest the earliest is the cause.
+Each rank writes its error to the run folder. When one rank dies the others fail too, because it no longer responds;
+those errors are ignored, and the earliest of the rest is the cause.
+
+The batch script of a job whose ranks failed runs this module: it records the failure, and whether to retry.
 """
 
 import json
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,11 +23,11 @@ from pipeline.launch import record
 from pipeline.launch.record import Failure, Job
 
 MAX_FAILURES = 3
-"""So many failures one after another without a newer checkpoint end a run."""
+"""A run fails for good after this many failures without a newer checkpoint."""
 LOG_LINES = 15
 FOLDERS = "folders.json"
 BEGINS = "== attempt"
-"""With the attempt's name, a line of the batch script's at its start."""
+"""The batch script prints this and the attempt's name as its first line."""
 _FOLLOWS = re.compile(
     r"connection (was )?(reset|closed|refused)|broken pipe|\bgloo\b|\bnccl|\bsocket|tcpstore|remote process", re.I
 )
@@ -40,7 +43,7 @@ class Attempt:
 
     @classmethod
     def current(cls) -> "Attempt":
-        """The one that this process or batch script is part of."""
+        """The attempt that this process or batch script is part of."""
         variables = os.environ
         array, index = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
         single = variables.get("SLURM_JOB_ID") or variables.get("SUBMITIT_LOCAL_JOB_ID", "0")
@@ -49,7 +52,7 @@ class Attempt:
 
     @classmethod
     def latest(cls, job: Job) -> "Attempt":
-        """The last attempt of a job, by its log."""
+        """The last attempt of a job, according to its log."""
         begun = re.findall(rf"^{BEGINS} \S+\.(\d+)$", _text(job.log), re.M)
         return cls(str(job.job_id), int(begun[-1]) if begun else 0)
 
@@ -57,8 +60,8 @@ class Attempt:
         return f"{self.job}.{self.restart}"
 
 
-def note_folders(jobs: Path, folders: list[Path]) -> None:
-    """Write down which run folder each element of a job array works in."""
+def write_folders(jobs: Path, folders: list[Path]) -> None:
+    """Record the run folder of each element of a job array."""
     with paths.written_atomically(jobs / FOLDERS) as temporary:
         temporary.write_text(json.dumps([str(folder.absolute()) for folder in folders]))
 
@@ -69,40 +72,40 @@ def run_folder(jobs: Path) -> Path:
     return Path(folders[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])
 
 
-def ask_again(jobs: Path) -> None:
-    """Have the batch script requeue its job."""
+def request_requeue(jobs: Path) -> None:
+    """Have the batch script requeue its job once all ranks have exited."""
     (jobs / f"{os.environ['SLURM_JOB_ID']}.again").touch()
 
 
 @contextmanager
 def errors_of_rank(folder: Path, attempt: Attempt, rank: int) -> Iterator[None]:
-    """Leave an error of the block in `folder`/errors.
+    """Write an error of the block to `folder`/errors.
 
     Raises:
-        SystemExit: with status 1, for an error that a user can mend; others go on as they are.
+        SystemExit: with status 1, for an error that the user can fix; others are raised as they are.
     """
     try:
         yield
     except Exception as error:
         text = str(error) or type(error).__name__
-        is_users = isinstance(error, UserError) or _is_full_disk(error)
+        is_user_error = isinstance(error, UserError) or _is_full_disk(error)
         if _is_full_disk(error):
-            text += ": free some space; `dvc repro` goes on from the last checkpoint"
-        follows = not is_users and isinstance(error, RuntimeError) and bool(_FOLLOWS.search(text))
+            text += ": free some space; `dvc repro` resumes from the last checkpoint"
+        follows = not is_user_error and isinstance(error, RuntimeError) and bool(_FOLLOWS.search(text))
         content = {
             "time": time.time(),
             "rank": rank,
             "node": os.environ.get("SLURMD_NODENAME", os.uname().nodename),
-            "message": text if is_users else f"{type(error).__name__}: {text}",
-            "is_users": is_users,
+            "message": text if is_user_error else f"{type(error).__name__}: {text}",
+            "is_user_error": is_user_error,
             "follows": follows,
         }
         try:
-            (folder / "errors").mkdir(exist_ok=True)
-            (folder / f"errors/{attempt}.{rank}.json").write_text(json.dumps(content))
+            with paths.written_atomically(folder / f"errors/{attempt}.{rank}.json") as temporary:
+                temporary.write_text(json.dumps(content))
         except OSError:
-            traceback.print_exc()  # a full disk: the log has it
-        if is_users:
+            traceback.print_exc()  # the disk is full: at least the log has the error
+        if is_user_error:
             print(f"error: {text}", flush=True)
             raise SystemExit(1) from None
         raise
@@ -115,46 +118,65 @@ def _is_full_disk(error: Exception) -> bool:
 
 
 def _first_error(folder: Path, attempt: Attempt, log_file: Path) -> tuple[str, bool] | None:
-    """What went wrong first in an attempt, with its rank and node, and whether it is the user's to mend."""
-    found = [json.loads(path.read_text()) for path in folder.glob(f"errors/{attempt}.*.json")]
-    found.sort(key=lambda error: error["time"])
+    """The first error of an attempt, with its rank and node, and whether the user can fix it."""
+    found = record.errors(folder, str(attempt))
     for cause in (error for error in found if not error["follows"]):
-        if cause["is_users"]:
+        if cause["is_user_error"]:
             return cause["message"], True
         return f"rank {cause['rank']} on {cause['node']}: {cause['message']}", False
-    spoke = {str(error["rank"]) for error in found}
+    reported = {str(error["rank"]) for error in found}
     own_part = _text(log_file).rpartition(f"{BEGINS} {attempt}\n")[2]
     for node, tasks, how in _SRUN.findall(own_part):
-        if not set(tasks.split(",")) <= spoke:
-            return f"rank {tasks} on {node} ended without a word: {how}", False
+        if not set(tasks.split(",")) <= reported:
+            return f"rank {tasks} on {node} exited without reporting an error: {how}", False
     return (f"rank {found[0]['rank']} on {found[0]['node']}: {found[0]['message']}", False) if found else None
 
 
-def fail(folder: Path, attempt: Attempt, log_file: Path, otherwise: str = "it left no error") -> bool:
-    """Note that an attempt failed, by its first error or `otherwise`; whether there is to be another."""
-    message, is_users = _first_error(folder, attempt, log_file) or (otherwise, False)
+def fail(folder: Path, attempt: Attempt, log_file: Path, otherwise: str = "no rank reported an error") -> bool:
+    """Record that an attempt failed, with its first error or `otherwise`; whether there is to be another."""
+    message, is_user_error = _first_error(folder, attempt, log_file) or (otherwise, False)
     step = record.newest_step(folder)
     times = 1 + sum(failure.step == step for failure in record.failures(folder))
-    again = times < MAX_FAILURES and not is_users
-    record.add_failure(folder, Failure(str(attempt), step, message, is_users, again))
+    again = times < MAX_FAILURES and not is_user_error
+    record.add_failure(folder, Failure(str(attempt), step, message, is_user_error, again))
     return again
 
 
 def report(folder: Path, job: Job) -> str:
-    """What to tell the user: the first error, the last lines of the log, and where the rest is."""
+    """What the user is shown: the first error, the last lines of the log, and the path of the rest."""
     failures = record.failures(folder)
     last = failures[-1]
-    if last.is_users:
+    if last.is_user_error:
         return last.message
     times = sum(failure.step == last.step for failure in failures)
     often = f" {times} times without getting beyond step {last.step}" if times > 1 else ""
-    tail = "\n  ".join(_text(job.log).splitlines()[-LOG_LINES:]) or "(it wrote nothing)"
+    tail = "\n  ".join(_text(job.log).splitlines()[-LOG_LINES:]) or "(empty)"
     return (
         f"job {job.job_id} failed{often}: {last.message}\n"
         f"  the last lines of {os.path.relpath(job.log)}:\n  {tail}\n"
-        "`dvc repro` goes on from its last checkpoint"
+        "`dvc repro` resumes from its last checkpoint"
     )
 
 
 def _text(log_file: Path) -> str:
     return log_file.read_text(errors="replace") if log_file.exists() else ""
+
+
+def main(jobs: Path) -> int:
+    """After the ranks failed: the exit status for the job, 0 if its run was done before that."""
+    folder, attempt = run_folder(jobs), Attempt.current()
+    if record.is_done(folder, record.fingerprint_of(folder)):
+        print("the run was done before its ranks failed: not retrying")
+        return 0
+    job = record.read_job(folder)
+    if job is None or job.job_id != attempt.job:
+        return 1
+    again = fail(folder, attempt, job.log)
+    print(f"failed: {record.failures(folder)[-1].message}; {'retrying' if again else 'not retrying'}")
+    if again:
+        request_requeue(jobs)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

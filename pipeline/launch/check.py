@@ -1,4 +1,4 @@
-"""What `python -m pipeline doctor` finds out about a Slurm profile, without a job and with one."""
+"""What `python -m pipeline doctor` checks of a Slurm profile, without a job and with one."""
 
 import json
 import re
@@ -13,11 +13,10 @@ import psutil
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.launch import slurm
-from pipeline.launch.batch_script import resources
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
-from pipeline.launch.slurm import UnreachableError
+from pipeline.launch.slurm import resources
+from pipeline.launch.slurm_status import UnreachableError, ask
 
 Entry = tuple[Literal["ok", "note", "fault"], str, str]
 SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "panfs", "cifs", "fuse.glusterfs", "wekafs", "orangefs"}
@@ -31,7 +30,7 @@ def check(profile: Profile, path: Path) -> Iterator[Entry]:
             yield "fault", program, "not on the PATH: log in to a node of the cluster, or load its module"
             return
     try:
-        listed = slurm.ask(["sinfo", "--noheader", "--format=%R"], profile.environment).split()
+        listed = ask(["sinfo", "--noheader", "--format=%R"], profile.environment).split()
     except UnreachableError as error:
         yield "fault", "Slurm", f"does not answer: {error}"
         return
@@ -45,14 +44,14 @@ def check(profile: Profile, path: Path) -> Iterator[Entry]:
     yield _accounting(profile)
     yield _file_system()
     if profile.container is not None and shutil.which(profile.container.split()[0]) is None:
-        yield "note", "container", f"{profile.container.split()[0]} is not on this machine; the nodes need it"
+        yield "note", "container", f"{profile.container.split()[0]} is not installed here; the nodes need it"
 
 
 def _sizes(profile: Profile, path: Path) -> Iterator[Entry]:
-    """Whether enough nodes are large enough, with the first reason if not."""
+    """Whether enough nodes are large enough, and what they lack if not."""
     of_partition = [f"--partition={profile.partition}"] if profile.partition else []
     command = ["sinfo", "--noheader", "--Node", *of_partition, "--format=%N|%c|%m|%G|%l"]
-    nodes = {line.split("|")[0]: line.split("|")[1:] for line in slurm.ask(command, profile.environment).splitlines()}
+    nodes = {line.split("|")[0]: line.split("|")[1:] for line in ask(command, profile.environment).splitlines()}
     cores = profile.ranks_here * profile.cpus
     needs = [
         ("cores", cores, [int(node[0].rstrip("+")) for node in nodes.values()]),
@@ -78,7 +77,7 @@ def _gpus(gres: str) -> int:
 
 
 def _minutes(limit: str) -> float:
-    """Slurm's `days-hours:minutes:seconds` in minutes; infinite limits as such."""
+    """Slurm's `days-hours:minutes:seconds` in minutes; infinity for no limit."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
     if match is None:
         return float("inf")
@@ -87,11 +86,11 @@ def _minutes(limit: str) -> float:
 
 
 def _acceptance(profile: Profile, path: Path) -> Entry:
-    """sbatch's own word on the profile: accounts, limits and everything else that is the site's."""
+    """Whether sbatch accepts the profile: accounts, limits and everything else that the site decides."""
     asked = {**resources(profile), **profile.additional}
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in asked.items()]
     try:
-        slurm.ask(["sbatch", "--test-only", *flags, "--wrap=true"], profile.environment)
+        ask(["sbatch", "--test-only", *flags, "--wrap=true"], profile.environment)
     except UnreachableError as error:
         return "fault", "sbatch", f"would refuse a job of this profile: {error}: correct {path}"
     return "ok", "sbatch", "would accept a job of this profile"
@@ -99,9 +98,9 @@ def _acceptance(profile: Profile, path: Path) -> Entry:
 
 def _accounting(profile: Profile) -> Entry:
     try:
-        slurm.ask(["sacct", "--noheader", "--allocations"], profile.environment)
+        ask(["sacct", "--noheader", "--allocations"], profile.environment)
     except (UnreachableError, UserError) as error:
-        return "note", "sacct", f"no accounting ({error}): ends are known for as long as squeue lists them"
+        return "note", "sacct", f"no accounting ({error}): how a job ended is known only while squeue lists it"
     return "ok", "sacct", "answers"
 
 
@@ -111,11 +110,11 @@ def _file_system() -> Entry:
     kind = next((mounts[folder] for folder in (here, *here.parents) if folder in mounts), "unknown")
     if kind in SHARED:
         return "ok", "file system", f"{here} is on {kind}"
-    return "note", "file system", f"{here} is on {kind}: do all nodes see it? `doctor --test-job` finds out"
+    return "note", "file system", f"{here} is on {kind}: do all nodes see it? `doctor --test-job` checks that"
 
 
 def try_job(profile: Profile) -> Iterator[Entry]:
-    """Submit a small job as trainings are, and report what its ranks found.
+    """Submit a small job in the way of a training, and report what its ranks found.
 
     Raises:
         UserError: it failed.
@@ -134,11 +133,11 @@ def try_job(profile: Profile) -> Iterator[Entry]:
         text = f"{entry['node']}: {entry['device']}, {entry['gpus']} GPUs, {entry['cores']} cores"
         faults = []
         if entry["gpus"] < profile.gpus:
-            faults.append(f"{profile.gpus} GPUs were asked for")
+            faults.append(f"{profile.gpus} GPUs were requested")
         if not entry["sees_checkout"]:
             faults.append(f"does not see {Path.cwd()}")
         if entry["sum"] != len(ranks) * (len(ranks) + 1) / 2:
             faults.append(f"all_reduce gave {entry['sum']}")
         yield "fault" if faults else "ok", f"rank {rank}", "; ".join([text, *faults])
     if len(ranks) != profile.world_size:
-        yield "fault", "ranks", f"{len(ranks)} in place of {profile.world_size}"
+        yield "fault", "ranks", f"{len(ranks)} instead of {profile.world_size}"

@@ -21,7 +21,7 @@ PACKAGE = "pipeline"
 Place = tuple[str, str]
 """Module and name of a definition."""
 EFFECTS = "<module>"
-"""In place of a name: what a module does when it is imported, beside definitions."""
+"""Stands for a name: the statements of a module that run at import and define nothing."""
 _EXTENSION = re.compile(rf"({PACKAGE}(?:\.\w+)*)\._\w+")
 _C_TEXT = r'"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\''
 _C_TEXT_OR_COMMENT = re.compile(rf"({_C_TEXT})|/\*.*?\*/|//[^\n]*|\\\n", re.S)
@@ -85,7 +85,7 @@ class Closure:
         return [place for place in reached if self._module(place[0]) is not None]
 
     def _references(self, module: _Module, facts: "_Facts") -> Iterator[Place]:
-        """The package's definitions that a statement names, directly or through imports, its own ones included."""
+        """The definitions of the package that a statement names, directly or through imports, its own included."""
         local: dict[str, tuple[str, str | None]] = {}
         for node in facts.imports:
             local.update(_imported(node, module))
@@ -98,7 +98,7 @@ class Closure:
                 yield from self._resolve(module.name, path)
 
     def _resolve(self, module_name: str, path: tuple[str, ...]) -> Iterator[Place]:
-        """What a dotted name means in a module; nothing for builtins, locals and other packages."""
+        """The definitions that a dotted name refers to in a module; none for builtins, locals and other packages."""
         module = self._module(module_name)
         if module is None:
             return
@@ -110,7 +110,7 @@ class Closure:
             yield from self._follow((f"{module_name}.{path[0]}", None), path[1:])
 
     def _follow(self, target: tuple[str, str | None], path: tuple[str, ...]) -> Iterator[Place]:
-        """What an imported name, and attributes of it, mean."""
+        """The definitions that an imported name and its attributes refer to."""
         module_name, name = target
         if name is not None:
             if self._module(f"{module_name}.{name}") is None:
@@ -152,7 +152,7 @@ def _read(name: str, root: Path) -> _Module | None:
 
 @functools.lru_cache(maxsize=4096)
 def _read_file(name: str, file: Path, mtime_ns: int, size_bytes: int) -> _Module:
-    """Once for each version of a file."""
+    """Cached per version of a file."""
     module = _Module(name, file.name == "__init__.py")
     _collect(module, ast.parse(file.read_text(), str(file)).body)
     return module
@@ -200,7 +200,7 @@ def _imported(node: ast.Import | ast.ImportFrom, module: _Module) -> dict[str, t
 
 
 def _dotted(node: ast.AST) -> list[str]:
-    """`a.b.c` as its parts; nothing where it does not begin with a name."""
+    """The parts of `a.b.c`; empty if it does not begin with a name."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)
@@ -209,7 +209,7 @@ def _dotted(node: ast.AST) -> list[str]:
 
 
 class _Stripping(ast.NodeTransformer):
-    """Takes out what does not compute: docstrings, and annotations inside functions and of their arguments."""
+    """Removes what computes nothing: docstrings, and annotations inside functions and of their arguments."""
 
     in_function = False
 
@@ -243,11 +243,11 @@ class _Stripping(ast.NodeTransformer):
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a statement says: its content, and what it names."""
+    """The content of a statement, and what it names."""
 
     text: str
     names: tuple[tuple[str, ...], ...]
-    """Dotted names, by their parts."""
+    """Dotted names, each as its parts."""
     imports: tuple[ast.Import | ast.ImportFrom, ...]
     extensions_of: tuple[str, ...]
     """Packages whose extension modules it loads."""
@@ -269,7 +269,7 @@ def _facts(statement: ast.stmt) -> _Facts:
 
 
 def _dump(node: object) -> str:
-    """A syntax tree as text, the same for all Python versions: fields that are empty are left out, imports too."""
+    """A syntax tree as text, the same for all Python versions: without empty fields and imports."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         return ""
     if isinstance(node, ast.AST):
@@ -282,7 +282,7 @@ def _dump(node: object) -> str:
 
 
 def c_tokens(text: str) -> str:
-    """C source without comments and layout: a token a line, and marks around a preprocessor line."""
+    """C source without comments and layout: one token per line, with markers around preprocessor lines."""
     tokens: list[str] = []
     for line in _C_TEXT_OR_COMMENT.sub(lambda match: match[1] or " ", text).split("\n"):
         found = _C_TOKEN.findall(line)

@@ -1,33 +1,39 @@
-"""What a job's result depends on: arguments, code and data, as a record that can be compared and as one hash."""
+"""What a job's result depends on: arguments, code and data, as a record that can be compared and as one hash.
+
+And the copy of the package that jobs run: editing the checkout or pulling changes nothing for a job in the queue.
+"""
 
 import functools
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import paths
 from pipeline.errors import UserError
 from pipeline.launch.closure import Closure
 from pipeline.variants import VARIANTS
 
 JOIN = "pipeline.world:join"
-"""What every rank goes through before its call."""
+"""Every rank runs this before its call."""
 CODE_ROOT = Path(__file__).parents[2]
-"""Of the package that this process runs: the checkout, or in a job the copy that it was queued with."""
+"""The parent of the package that this process runs: the checkout, or in a job the copy that it was queued with."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One call of `tasks` that runs as a job.
+    """One call of a function in `tasks` that runs as a job.
 
-    `call` is 'module:function'; the function takes (world, run_folder, profile) and `arguments`, which JSON can hold.
+    `call` is 'module:function'; the function takes (world, run_folder, profile) and `arguments`, which are JSON.
     The code that it reaches is part of its identity. `inputs` are files whose contents the result depends on, with a
-    manifest in place of each .beton. `after` is another work that this one starts from. `watching` are further
-    arguments, for what is looked at while the job runs: they change no result, and are no part of the fingerprint.
+    manifest in place of each .beton. `after` is the work that this one starts from. `watching` are further arguments,
+    for validation during training: they change no result and are not part of the fingerprint.
     An argument `variant` stands for its entry of variants.yaml. `computed` gives values that follow from arguments and
-    inputs by a rule: part of the identity too, so that `why` names the peak learning rate and not its rule alone.
+    inputs by a rule: also part of the identity, so that `why` names the peak learning rate and not only its rule.
     """
 
     stage: str
@@ -42,10 +48,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Upstream:
-    """A file of another work's `out/`, passed on as one argument.
+    """A file of another work's `out/`, passed as one argument.
 
     That work's fingerprint stands for the file, so that a job can be queued behind one that has not run yet. `place`
-    is where DVC has the file: it is read there when this checkout has no run of that fingerprint (after `dvc pull`).
+    is DVC's copy of the file, which is read if this checkout has no run of that fingerprint (after `dvc pull`).
     """
 
     work: Work
@@ -75,7 +81,7 @@ class Identity:
 
 
 def identify(work: Work) -> Identity:
-    """The identity of a work's result, by what lies in this checkout now.
+    """The identity that a work's result would have now, with this checkout's code and data.
 
     Raises:
         UserError: an input is missing.
@@ -98,7 +104,7 @@ def identify(work: Work) -> Identity:
 
 
 def fingerprint(work: Work) -> str:
-    """SHA-256 over everything that `work`'s result depends on.
+    """SHA-256 of everything that `work`'s result depends on.
 
     Raises:
         UserError: an input is missing.
@@ -108,7 +114,7 @@ def fingerprint(work: Work) -> str:
 
 @functools.cache
 def code_of(call: str) -> Closure:
-    """The code of a job that runs `call`, as this process's package has it."""
+    """The code that a job running `call` reaches, in the package of this process."""
     return Closure((call, JOIN), CODE_ROOT)
 
 
@@ -120,6 +126,38 @@ def content_digest(path: Path) -> str:
 
 @functools.cache
 def _content_digest(path: Path, mtime_ns: int, size_bytes: int) -> str:
-    """Once for each version of a file: ImageNet's manifest is some 100 MB."""
+    """Computed once per version of a file: ImageNet's manifest is some 100 MB."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def snapshot() -> Path:
+    """The copy of this process's package in runs/code, made atomically if there is none yet."""
+    files = sorted(path for path in (CODE_ROOT / "pipeline").rglob("*") if path.is_file() and _belongs(path))
+    project = CODE_ROOT / "pyproject.toml"
+    files += [project] if project.exists() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(CODE_ROOT)).encode() + b"\0" + file.read_bytes())
+    place = (paths.RUNS / "code" / digest.hexdigest()[:16]).absolute()
+    if place.exists():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        for file in files:
+            target = making / file.relative_to(CODE_ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        making.chmod(0o755)
+        making.rename(place)
+    except OSError:
+        if not place.exists():  # another process may have been faster
+            raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return place
+
+
+def _belongs(path: Path) -> bool:
+    return "__pycache__" not in path.parts and not path.name.startswith(".")

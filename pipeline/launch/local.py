@@ -1,27 +1,87 @@
-"""Jobs on this machine, through submitit's local executor: one process a rank, beneath a controller."""
+"""Jobs on this machine, through submitit's local executor: one process per rank, beneath a controller."""
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
 from pipeline.cluster import Profile
-from pipeline.launch import snapshot
 from pipeline.launch.record import Job
+from pipeline.launch.scheduler import Scheduler, Status
 from pipeline.launch.slurm import environment
-from pipeline.launch.status import Status
 from pipeline.launch.worker import Worker
 
 CHECKPOINT_S = 60
-"""A job that is cancelled has so long to write a checkpoint."""
+"""How long a cancelled job has to write a checkpoint."""
 
 
-def look(job: Job) -> Status:
-    """RUNNING or FINISHED."""
-    return Status("RUNNING", False) if _process(job) is not None else Status("FINISHED", True)
+class Local(Scheduler):
+    """Starts a job at once. A job's id is its controller's process id, which is unique only with `Job.created`."""
+
+    has_queue: ClassVar[bool] = False
+
+    def submit(self, intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None) -> list[Job]:
+        """Start one job; `name` and `after` have no meaning here.
+
+        Raises:
+            ValueError: an array is asked for.
+        """
+        import submitit
+
+        if len(intents) != 1:
+            raise ValueError("jobs on this machine are started one at a time")
+        (intent,) = intents
+        jobs = Path(intent.jobs)
+        executor = submitit.LocalExecutor(jobs)
+        executor.update_parameters(
+            tasks_per_node=profile.ranks_here,
+            gpus_per_node=profile.gpus,
+            stderr_to_stdout=True,
+            timeout_min=365 * 24 * 60,
+        )
+        before = profile.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
+        path = os.pathsep.join(filter(None, [str(code), before]))
+        # PYTHONSAFEPATH: the package is imported from `code` and not from the working directory.
+        variables = profile.environment | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        with environment(variables), _ignoring_ctrl_c():
+            submitted = executor.submit(Worker(jobs, intent.token))
+        return [replace(intent, job_id=submitted.job_id, created=psutil.Process(int(submitted.job_id)).create_time())]
+
+    def find(self, intent: Job) -> Job | None:
+        """The controller that a killed launcher started; its pickle is written if the launcher did not get to it."""
+        for process in psutil.process_iter(["cmdline", "create_time"]):
+            command, created = process.info["cmdline"] or [], process.info["create_time"]
+            if command[-2:] == ["submitit.local._local", intent.jobs] and created >= intent.submitted - 1:
+                pickle = Path(intent.jobs) / f"{process.pid}_submitted.pkl"
+                if not pickle.exists():
+                    Worker(Path(intent.jobs), intent.token).pickled(pickle)
+                return replace(intent, job_id=str(process.pid), created=created)
+        return None
+
+    def status(self, job: Job) -> Status:
+        """RUNNING or FINISHED."""
+        return Status("RUNNING", False) if _process(job) is not None else Status("FINISHED", True)
+
+    def cancel(self, job: Job) -> None:
+        """SIGTERM, on which a training writes a checkpoint, then SIGKILL."""
+        controller = _process(job)
+        if controller is None:
+            return
+        ranks = controller.children(recursive=True)
+        controller.terminate()
+        _, alive = psutil.wait_procs([*ranks, controller], timeout=CHECKPOINT_S)
+        for process in alive:
+            process.kill()
+
+    def process_start(self) -> float | None:
+        """Of the controller, this process's parent."""
+        parent = psutil.Process().parent()
+        return parent.create_time() if parent is not None else 0.0
 
 
 def _process(job: Job) -> psutil.Process | None:
@@ -34,46 +94,8 @@ def _process(job: Job) -> psutil.Process | None:
     return process if alive else None
 
 
-def find(job: Job) -> tuple[str, float] | None:
-    """Process id and start of the controller that a killed launcher started for this folder, if it did."""
-    for process in psutil.process_iter(["cmdline", "create_time"]):
-        command = process.info["cmdline"] or []
-        if command[-2:] == ["submitit.local._local", job.jobs] and process.info["create_time"] >= job.submitted - 1:
-            return str(process.pid), process.info["create_time"]
-    return None
-
-
-def submit(jobs: Path, token: str, profile: Profile, code: Path) -> tuple[str, float]:
-    """Start a job on the package in `code`; the controller's process id and start."""
-    import submitit
-
-    executor = submitit.LocalExecutor(jobs)
-    executor.update_parameters(
-        tasks_per_node=profile.ranks_here,
-        gpus_per_node=profile.gpus,
-        stderr_to_stdout=True,
-        timeout_min=365 * 24 * 60,
-    )
-    before = profile.environment.get("PYTHONPATH", os.environ.get("PYTHONPATH"))
-    with environment(profile.environment | snapshot.environment(code, before)), _untouched_by_ctrl_c():
-        job = executor.submit(Worker(jobs, token))
-    return job.job_id, psutil.Process(int(job.job_id)).create_time()
-
-
-def cancel(job: Job) -> None:
-    """SIGTERM, on which a training writes a checkpoint, then SIGKILL."""
-    controller = _process(job)
-    if controller is None:
-        return
-    ranks = controller.children(recursive=True)
-    controller.terminate()
-    _, alive = psutil.wait_procs([*ranks, controller], timeout=CHECKPOINT_S)
-    for process in alive:
-        process.kill()
-
-
 @contextmanager
-def _untouched_by_ctrl_c() -> Iterator[None]:
+def _ignoring_ctrl_c() -> Iterator[None]:
     """Processes started inside ignore SIGINT and SIGHUP: a local job outlives the terminal, as a Slurm job does."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:

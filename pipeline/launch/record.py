@@ -1,4 +1,7 @@
-"""What a run folder remembers of its job: fingerprint, record, end, failures. Files alone; asks no scheduler."""
+"""The files of a run folder that concern its job: identity, submission, end, failures. Asks no scheduler.
+
+docs/runs.md lists every file of a run folder.
+"""
 
 import json
 import os
@@ -14,16 +17,17 @@ from filelock import FileLock
 
 from pipeline import paths
 from pipeline.launch.fingerprint import Identity
+from pipeline.train import history
 
 TOKEN_PREFIX = "metaformer-"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One submission for one run folder; written before the scheduler is asked, so that a killed launcher's is found.
+    """A run folder's submission, recorded before the scheduler is asked, so that a killed launcher's job is found.
 
-    `token` is sbatch's comment, and what a worker compares before it touches the run folder. `job_id` is None from
-    the intent to the scheduler's answer.
+    `token` is the comment of a Slurm job; a worker compares it before it touches the run folder. `job_id` is None
+    until the scheduler has answered: such a record is called an intent.
     """
 
     kind: Literal["local", "slurm"]
@@ -37,7 +41,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the first rank, srun and the batch script print; other ranks' logs lie beside it."""
+        """The output of the first rank, srun and the batch script; other ranks' logs are beside it."""
         return Path(self.jobs) / f"{self.job_id}_0_log.out"
 
 
@@ -47,7 +51,7 @@ def new_token() -> str:
 
 @contextmanager
 def launching() -> Iterator[None]:
-    """Held while anything is attached to or submitted: two `dvc repro` at one moment submit once."""
+    """Hold the lock for attaching and submitting: of two simultaneous `dvc repro` only one submits."""
     paths.RUNS.mkdir(exist_ok=True)
     with FileLock(paths.RUNS / "launch.lock"):
         yield
@@ -61,9 +65,9 @@ def read_job(folder: Path) -> Job | None:
 
 
 def write_job(folder: Path, job: Job) -> Job:
-    """Record `job`, with `log.txt` beside it as a link to its log.
+    """Record `job`, with `log.txt` as a link to its log.
 
-    The link comes first: a launcher killed between the two leaves a record without the id, which is filled in later.
+    The link is made first: a launcher killed in between leaves a record without an id, which is filled in later.
     """
     if job.job_id is not None:
         link = folder / f".log.{os.getpid()}"
@@ -76,7 +80,7 @@ def write_job(folder: Path, job: Job) -> Job:
 
 
 def fill_in(folder: Path, token: str, job_id: str, created: float | None = None) -> bool:
-    """Note which job a token became; False if the run folder waits for another one."""
+    """Record the job id of a token's submission; False if the run folder was submitted again under another token."""
     job = read_job(folder)
     if job is None or job.token != token or job.job_id not in (None, job_id):
         return False
@@ -85,16 +89,16 @@ def fill_in(folder: Path, token: str, job_id: str, created: float | None = None)
     return True
 
 
-def is_done(folder: Path, mark: str | None) -> bool:
-    """Whether the run of this fingerprint has ended well."""
+def is_done(folder: Path, fingerprint: str | None) -> bool:
+    """Whether the run of this fingerprint has finished."""
     try:
-        return (folder / "done").read_text() == mark
+        return (folder / "done").read_text() == fingerprint
     except FileNotFoundError:
         return False
 
 
 def fingerprint_of(folder: Path) -> str | None:
-    """The fingerprint of the run that a folder holds."""
+    """The fingerprint of the run in a folder."""
     try:
         return (folder / "fingerprint").read_text()
     except (FileNotFoundError, NotADirectoryError):
@@ -102,7 +106,7 @@ def fingerprint_of(folder: Path) -> str | None:
 
 
 def write_identity(folder: Path, identity: Identity) -> None:
-    """Make a folder this identity's; `fingerprint` is written last."""
+    """Assign a folder to an identity; `fingerprint` is written last."""
     for name, text in (
         ("identity.json", json.dumps(asdict(identity), indent=1)),
         ("fingerprint", identity.fingerprint),
@@ -112,62 +116,68 @@ def write_identity(folder: Path, identity: Identity) -> None:
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """What the result of the run in a folder depends on; None where there is no run."""
+    """What the result of the run in a folder depends on; None if there is no run."""
     file = folder / "identity.json"
     return Identity(**json.loads(file.read_text())) if file.exists() else None
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; none where there is no file."""
-    found = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
 def adoptions(folder: Path) -> list[dict[str, Any]]:
-    """Each time that somebody stated this folder's run to be the result of changed code or parameters."""
-    return read_lines(folder / "adopted.jsonl")
+    """Each time somebody stated that this folder's run is also the result of changed code or parameters."""
+    return history.read(folder / "adopted.jsonl")
+
+
+def software(folder: Path) -> list[dict[str, str]]:
+    """Versions by library, with the name of the attempt that ran them; oldest first."""
+    return history.read(folder / "software.jsonl")
+
+
+def add_software(folder: Path, entry: dict[str, str]) -> None:
+    history.append(folder / "software.jsonl", entry)
 
 
 def newest_step(folder: Path) -> int:
-    """Step of the newest checkpoint, 0 without one; a checkpoint has its name only when it is whole."""
+    """Step of the newest checkpoint, 0 if there is none; checkpoints are written atomically."""
     return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoints/step-*-*.pt")), default=0)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One attempt that ended by an error."""
+    """An attempt that ended with an error."""
 
     attempt: str = field(metadata={"help": "job id and restart count"})
     step: int = field(metadata={"help": "of the newest checkpoint"})
     message: str
-    is_users: bool = field(metadata={"help": "the message says all, and trying again would not help"})
-    again: bool = field(metadata={"help": "whether the work is tried again"})
+    is_user_error: bool = field(metadata={"help": "the message is complete, and retrying would not help"})
+    again: bool = field(metadata={"help": "whether the work is retried"})
 
 
 def failures(folder: Path) -> list[Failure]:
     """All since the run was last started by hand, oldest first."""
-    file = folder / "failures.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [Failure(**json.loads(line)) for line in lines]
+    return [Failure(**_renamed(entry)) for entry in history.read(folder / "failures.jsonl")]
 
 
 def add_failure(folder: Path, failure: Failure) -> None:
-    with (folder / "failures.jsonl").open("a") as stream:
-        stream.write(json.dumps(asdict(failure)) + "\n")
+    history.append(folder / "failures.jsonl", asdict(failure))
+
+
+def errors(folder: Path, attempt: str) -> list[dict[str, Any]]:
+    """What the ranks of an attempt left in `errors/`, oldest first."""
+    entries = [_renamed(json.loads(file.read_text())) for file in folder.glob(f"errors/{attempt}.*.json")]
+    return sorted(entries, key=lambda entry: entry["time"])
+
+
+def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry by today's names: a job that was queued with earlier code writes `is_users`."""
+    return {"is_user_error" if key == "is_users" else key: value for key, value in entry.items()}
 
 
 def forget_failures(folder: Path) -> None:
-    """Start counting anew."""
+    """Start counting from zero."""
     (folder / "failures.jsonl").unlink(missing_ok=True)
     shutil.rmtree(folder / "errors", ignore_errors=True)
 
 
 def read_work(folder: Path) -> dict[str, Any]:
-    """What the job has to do: call, arguments, profile, and the run that it starts from."""
+    """What the job is to do: call, arguments, profile, and the run that it starts from."""
     work: dict[str, Any] = json.loads((folder / "work.json").read_text())
     return work

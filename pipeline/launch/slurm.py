@@ -1,204 +1,118 @@
-"""What Slurm knows of our jobs, asked with squeue, at most once every POLL_S for a whole checkout.
+"""Jobs on Slurm, submitted through submitit: the batch script, and what it does before and after the ranks run."""
 
-squeue is the authority. sacct's newest row gives an end state for a job that Slurm has just requeued, and knows
-nothing of a job's first second, so it is asked only about jobs that squeue no longer lists. A controller that does not
-answer says nothing about any job.
-"""
-
-import json
-import os
-import subprocess
+import logging
+import shlex
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import psutil
-from filelock import FileLock
 
 from pipeline import paths
+from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.launch.record import TOKEN_PREFIX, Job
-from pipeline.launch.status import Status
+from pipeline.launch import attempts, slurm_status
+from pipeline.launch.record import Job
+from pipeline.launch.scheduler import Scheduler, Status
+from pipeline.launch.slurm_status import POLL_S, UnreachableError, ask, environment
+from pipeline.launch.worker import Worker
 
-POLL_S = 10.0
-ABSENT_ASKS = 2
-"""A job that squeue lists no more, and sacct does not know, is gone after so many answers."""
-UNSETTLED_ASKS = 4
-OPTIONS = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_")
-"""Variables of these names change what sbatch submits, and which jobs squeue and sacct list."""
-ALIVE = {"RUNNING", "PENDING", "SUSPENDED", "COMPLETING", "RESIZING"}
-"""A job that the accounting calls so is never over, whatever squeue lists: another would write into its folder."""
-FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-UNSETTLED = {"NODE_FAIL", "PREEMPTED", "REQUEUED", "REVOKED"}
-"""Ends after which Slurm requeues: believed when they have been seen UNSETTLED_ASKS times."""
+log = logging.getLogger(__name__)
+AWAY_S = 1800
+"""How long submitting waits for a controller that does not answer."""
+NO_ANSWER = ("Unable to contact slurm controller", "Connection refused", "Socket timed out", "connect failure")
+"""sbatch's errors that say nothing about the job."""
+T = TypeVar("T")
 
 
-class UnreachableError(Exception):
-    """Slurm did not answer; the text is its own."""
+class Slurm(Scheduler):
+    """Jobs and job arrays in Slurm's queue. A job's id is Slurm's, ARRAY_INDEX for an element of an array."""
 
+    has_queue: ClassVar[bool] = True
 
-@dataclass(frozen=True)
-class Row:
-    """One line of squeue: a job, or an element of an array."""
+    def submit(self, intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None) -> list[Job]:
+        """Submit with sbatch, which may succeed without being able to say so: then the job is found by its token."""
 
-    state: str
-    reason: str
-    start: str
-    nodes: str
-    comment: str
+        def sbatch() -> list[str]:
+            return _sbatch(intents, profile, code, name, after)
 
+        def find_or_sbatch() -> list[str]:
+            base = _find(intents[0])
+            return sbatch() if base is None else [_job_id(base, intent) for intent in intents]
 
-@contextmanager
-def environment(extra: dict[str, str]) -> Iterator[None]:
-    """Set `extra`, and hide what a surrounding job or a shell would have Slurm's commands take for options."""
-    before = dict(os.environ)
-    for key in [key for key in os.environ if key.startswith(OPTIONS) and key != "SLURM_CONF"]:
-        del os.environ[key]
-    os.environ.update(extra)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def ask(command: list[str], extra: dict[str, str]) -> str:
-    """What a Slurm command prints.
-
-    Raises:
-        UnreachableError: it fails, or does not answer.
-    """
-    with environment(extra):
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except FileNotFoundError:
-            text = f"{command[0]} is not on the PATH: log in to a node of the cluster, or load its module"
-            raise UserError(text) from None
-        except subprocess.TimeoutExpired:
-            raise UnreachableError(f"{command[0]} did not answer within 60 s") from None
-    if done.returncode:
-        raise UnreachableError(" ".join(done.stderr.split()) or f"{command[0]} failed")
-    return done.stdout
+            job_ids = sbatch()
+        except UnreachableError as error:
+            log.info("Slurm does not answer (%s); retrying", error)
+            time.sleep(POLL_S)
+            job_ids = _until_answered(find_or_sbatch)
+        return [replace(intent, job_id=job_id) for intent, job_id in zip(intents, job_ids, strict=True)]
+
+    def find(self, intent: Job) -> Job | None:
+        """By the token, which is the job's comment."""
+        base = _until_answered(lambda: _find(intent))
+        return None if base is None else replace(intent, job_id=_job_id(base, intent))
+
+    def status(self, job: Job) -> Status:
+        """By squeue, at most once every POLL_S for all jobs of this checkout."""
+        return slurm_status.status(job)
+
+    def cancel(self, job: Job) -> None:
+        """With scancel, which sends SIGTERM first."""
+        assert job.job_id is not None
+        try:
+            ask(["scancel", job.job_id], job.environment)
+        except UnreachableError as error:
+            raise UserError(f"Slurm does not answer ({error}): job {job.job_id} was not cancelled") from None
+
+    def process_start(self) -> float | None:
+        """None: Slurm's ids are unique, and a new installation's are told apart by the token."""
+        return None
 
 
-def squeue(extra: dict[str, str]) -> dict[str, Row]:
-    """All jobs of this user that the controller knows, those of the last minutes that have ended among them.
+def _sbatch(intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None) -> list[str]:
+    """Submit one job, or an array with an element for each intent; the ids in order.
 
     Raises:
-        UnreachableError: it does not answer, which says nothing about any job.
+        UnreachableError: Slurm does not answer; it may have the job nevertheless.
+        UserError: it refuses the job.
     """
-    command = ["squeue", "--noheader", "--all", "--states=all", "--array", f"--user={os.getuid()}"]
-    lines = ask([*command, "--format=%i|%T|%r|%S|%N|%k"], extra).splitlines()
-    fields = (line.split("|", 5) for line in lines if line.count("|") >= 5)
-    return {identity: Row(*rest) for identity, *rest in fields}
+    import submitit
+
+    jobs, token = Path(intents[0].jobs), intents[0].token
+    worker = Worker(jobs, token)
+    worker.pickled(jobs / f"{token}.pkl")
+    with environment(profile.environment):
+        try:
+            executor = submitit.SlurmExecutor(jobs, python=_python(profile))
+            executor.update_parameters(**_parameters(jobs, token, profile, code, name, after))
+            if len(intents) == 1:
+                return [executor.submit(worker).job_id]
+            return [job.job_id for job in executor.submit_array([worker] * len(intents))]
+        except RuntimeError as error:  # submitit's error for a failed sbatch
+            text = " ".join(str(error).split())
+            if any(words in text for words in NO_ANSWER):
+                raise UnreachableError(text) from None
+            raise UserError(f"sbatch refuses the job: {text}; correct {paths.cluster_profile()}") from None
 
 
-def _sacct(jobs: list[str], extra: dict[str, str]) -> dict[str, str]:
-    """Latest states of jobs by the accounting; nothing where there is none."""
-    command = [
-        "sacct",
-        "--noheader",
-        "--allocations",
-        "--parsable2",
-        "--format=JobID,State",
-        f"--jobs={','.join(jobs)}",
-    ]
-    try:
-        lines = ask(command, extra).splitlines()
-    except (UnreachableError, UserError):
-        return {}
-    return {identity: state.split()[0].rstrip("+") for identity, state in (line.split("|") for line in lines) if state}
-
-
-def look(job: Job) -> Status:
-    """What Slurm last said about `job`; asks for all jobs of this checkout when that is POLL_S old."""
-    if job.job_id is None:
-        raise ValueError("a submission without an id has to be found first")
-    with FileLock(paths.RUNS / "slurm.lock"):
-        seen = _load()
-        seen["wanted"][job.job_id] = {"at": time.time(), "token": job.token}
-        if time.time() - seen["asked"] >= POLL_S:
-            _refresh(seen, job.environment)
-        with paths.written_atomically(_cache()) as temporary:
-            temporary.write_text(json.dumps(seen))
-    return _status(job, seen)
-
-
-def _cache() -> Path:
-    return paths.RUNS / "slurm.json"
-
-
-def _load() -> dict[str, Any]:
-    try:
-        seen: dict[str, Any] = json.loads(_cache().read_text())
-        return seen
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {"asked": 0.0, "rows_at": 0.0, "rows": {}, "wanted": {}, "absent": {}, "unsettled": {}, "fault": None}
-
-
-def _refresh(seen: dict[str, Any], extra: dict[str, str]) -> None:
-    started = time.time()
-    try:
-        rows = squeue(extra)
-    except UnreachableError as error:
-        seen.update(asked=time.time(), fault=str(error))
-        return
-    wanted = {identity: by for identity, by in seen["wanted"].items() if started - by["at"] < 6 * POLL_S}
-    # A new installation of Slurm counts its jobs from 1 again: another submission's job is not ours.
-    others = {i for i in wanted.keys() & rows.keys() if _is_anothers(rows[i].comment, wanted[i]["token"])}
-    absent = [identity for identity in wanted if identity not in rows or identity in others]
-    unknown = [identity for identity in absent if identity not in others]
-    words = _sacct(unknown, extra) if unknown else {}
-    counts, unsettled = seen["absent"], seen["unsettled"]
-    seen.update(
-        asked=time.time(),
-        rows_at=started,
-        fault=None,
-        wanted=wanted,
-        rows={identity: asdict(row) for identity, row in rows.items() if identity not in others},
-        absent={i: {"asks": counts.get(i, {"asks": 0})["asks"] + 1, "state": words.get(i)} for i in absent},
-        unsettled={i: unsettled.get(i, 0) + 1 for i, row in rows.items() if row.state in UNSETTLED},
-    )
-
-
-def _is_anothers(comment: str, token: str) -> bool:
-    """Whether a comment is another submission's; a site may have put its own in its place."""
-    return comment.startswith(TOKEN_PREFIX) and comment != token
-
-
-def _status(job: Job, seen: dict[str, Any]) -> Status:
-    assert job.job_id is not None
-    row = Row(**seen["rows"][job.job_id]) if job.job_id in seen["rows"] else None
-    if row is not None and not _is_anothers(row.comment, job.token):
-        settled = row.state in FINAL or seen["unsettled"].get(job.job_id, 0) >= UNSETTLED_ASKS
-        return Status(row.state, settled, row.reason, row.start, row.nodes, seen["fault"])
-    if seen["rows_at"] <= job.submitted or seen["fault"]:
-        return Status("SUBMITTED", False, fault=seen["fault"])
-    absent = seen["absent"].get(job.job_id, {"asks": 0, "state": None})
-    if absent["state"] in FINAL:
-        return Status(absent["state"], True)
-    if absent["state"] in ALIVE:
-        doubt = f"squeue does not list it, sacct says {absent['state']}: see `scontrol show job {job.job_id}`"
-        return Status(absent["state"], False, fault=doubt)
-    patience = UNSETTLED_ASKS if absent["state"] else ABSENT_ASKS
-    return Status(absent["state"] or "UNKNOWN", absent["asks"] >= patience)
-
-
-def find(job: Job) -> str | None:
-    """The id of the job that a killed launcher submitted under `job.token`, if it came to that.
+def _find(intent: Job) -> str | None:
+    """The id of the job or array that was submitted under the intent's token.
 
     Raises:
         UnreachableError: Slurm does not answer.
     """
-    while any(_is_sbatch_of(process, job.jobs) for process in psutil.process_iter(["cmdline"])):
+    while any(_is_sbatch_of(process, intent.jobs) for process in psutil.process_iter(["cmdline"])):
         time.sleep(0.2)  # sbatch outlives its killed parent and may yet submit
-    bases = {identity.split("_")[0] for identity, row in squeue(job.environment).items() if row.comment == job.token}
-    if not bases:
-        return None
-    base = min(bases, key=int)  # of two, which the worker of the other will notice
+    rows = slurm_status.squeue(intent.environment)
+    bases = {job_id.split("_")[0] for job_id, row in rows.items() if row.comment == intent.token}
+    return min(bases, key=int, default=None)  # should there be two, the worker of the other one will see it and exit
+
+
+def _job_id(base: str, job: Job) -> str:
     return base if job.index is None else f"{base}_{job.index}"
 
 
@@ -207,11 +121,94 @@ def _is_sbatch_of(process: psutil.Process, jobs: str) -> bool:
     return len(command) == 2 and Path(command[0]).name == "sbatch" and Path(command[1]).parent == Path(jobs)
 
 
-def cancel(job: Job) -> None:
-    """End a job, in the queue or running.
+def _until_answered(question: Callable[[], T]) -> T:
+    deadline = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return question()
+        except UnreachableError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"Slurm has not answered for {AWAY_S} s: {error}") from None
+            log.info("Slurm does not answer (%s); retrying", error)
+            time.sleep(POLL_S)
 
-    Raises:
-        UnreachableError: Slurm does not answer.
+
+def _python(profile: Profile) -> str:
+    """The command that starts Python in the job: in the container, ignoring signals until the worker handles them."""
+    shell = ["bash", "-c", 'trap "" USR2 TERM; exec "$@"', "start"]
+    return f"{shlex.join(shell)} {profile.container or ''} {shlex.quote(sys.executable)}"
+
+
+def resources(profile: Profile) -> dict[str, Any]:
+    """The resources that a job asks for, by sbatch's and submitit's names."""
+    parameters = {
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "nodes": profile.nodes,
+        "ntasks_per_node": profile.ranks_here,
+        "cpus_per_task": profile.cpus,
+        "gpus_per_node": profile.gpus or None,
+        "mem": f"{round(profile.memory_gb * 1024)}M" if profile.memory_gb else None,
+        "time": profile.time_min,
+    }
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _parameters(jobs: Path, token: str, profile: Profile, code: Path, name: str, after: str | None) -> dict[str, Any]:
+    """submitit's parameters for a job whose ranks run the package in `code`."""
+    asked = resources(profile)
+    additional = {"requeue": True, **profile.additional}
+    if "mem" in asked:
+        additional["mem"] = asked.pop("mem")  # submitit takes whole GB only
+    if after is not None:
+        additional |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    return {
+        **asked,
+        "job_name": name,
+        "comment": token,
+        "signal_delay_s": profile.signal_delay_s,
+        "array_parallelism": profile.array_parallelism,
+        "stderr_to_stdout": True,
+        "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append"],
+        "setup": _before(jobs, token, profile, code),
+        "teardown": _afterwards(jobs, profile),
+        "additional_parameters": additional,
+    }
+
+
+def _before(jobs: Path, token: str, profile: Profile, code: Path) -> list[str]:
+    """Lines of the batch script before srun. They copy the job's pickle in case its launcher died before doing so."""
+    return [
+        "trap : TERM  # wait for the ranks, then run the lines after srun",
+        f"jobs={shlex.quote(str(jobs))}",
+        "id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+        f'echo "{attempts.BEGINS} $id.${{SLURM_RESTART_COUNT:-0}}"',
+        f'[ -e "$jobs/${{id}}_submitted.pkl" ] || {{ cp "$jobs/{token}.pkl" "$jobs/.$id.pkl" && '
+        'mv "$jobs/.$id.pkl" "$jobs/${id}_submitted.pkl"; }',
+        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+        *[f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()],
+        *profile.setup,
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+    ]
+
+
+def _afterwards(jobs: Path, profile: Profile) -> list[str]:
+    """Lines of the batch script after srun: requeue the job if a rank asked for it or a failure is to be retried.
+
+    Here and not in a rank: the step has ended, so nothing is killed, and a container need not have scontrol.
     """
-    assert job.job_id is not None
-    ask(["scancel", job.job_id], job.environment)
+    return [
+        "status=$?",
+        f'[ $status -eq 0 ] || {_python(profile)} -m pipeline.launch.attempts "$jobs" && status=0',
+        'if [ -e "$jobs/$SLURM_JOB_ID.again" ]; then',
+        '  rm "$jobs/$SLURM_JOB_ID.again"',
+        "  for attempt in 1 2 3 4 5 6 7 8 9 10; do",
+        '    state=$(scontrol show job "$id") && case $state in *JobState=RUNNING*) ;; *) break ;; esac',
+        '    scontrol requeue "$id" && exit 0',
+        "    sleep 3",
+        "  done",
+        "fi",
+        "exit $status",
+    ]

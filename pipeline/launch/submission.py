@@ -1,28 +1,22 @@
-"""From a work to a job in the queue: run folders, fingerprints, one submission for each."""
+"""From a work to a job in the queue: run folders, fingerprints, one submission per run."""
 
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.launch import attempts, batch_script, local, record, slurm
-from pipeline.launch.fingerprint import Identity, Work, identify
+from pipeline.launch import attempts, record
+from pipeline.launch.fingerprint import Identity, Work, identify, snapshot
 from pipeline.launch.record import Job
-from pipeline.launch.slurm import UnreachableError
-from pipeline.launch.snapshot import snapshot
-from pipeline.launch.status import Status
-from pipeline.launch.worker import Worker
+from pipeline.launch.scheduler import Status, scheduler_of
 
 log = logging.getLogger(__name__)
-SLURM_AWAY_S = 1800
-"""Submitting waits so long for a controller that does not answer."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Run:
         return cls(work, paths.run(work.stage, work.name), identify(work))
 
     @property
-    def mark(self) -> str:
+    def fingerprint(self) -> str:
         return self.identity.fingerprint
 
     @property
@@ -47,18 +41,18 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        return record.is_done(self.folder, self.mark)
+        return record.is_done(self.folder, self.fingerprint)
 
 
 def attach_or_submit(run: Run, profile: Profile, *, is_retry: bool) -> Job | None:
-    """The job to wait for; None where the run has ended well meanwhile."""
+    """The job to wait for; None if the run has finished meanwhile."""
     with record.launching():
-        _claim_folder(run)
+        claim_folder(run)
         if run.is_done:
             return None
         job = attach(run.folder)
         if job is not None:
-            log.info("attached to %s job %s, which waits or runs already", job.kind, job.job_id)
+            log.info("attached to %s job %s, which is already pending or running", job.kind, job.job_id)
             return job
         if not is_retry:
             record.forget_failures(run.folder)
@@ -66,17 +60,17 @@ def attach_or_submit(run: Run, profile: Profile, *, is_retry: bool) -> Job | Non
 
 
 def queue(works: Sequence[Work], profile: Profile, since: float) -> None:
-    """Submit all that is neither done nor queued: an array, and behind its elements one job each that needs them.
+    """Submit every work that is neither done nor queued: an array, then a job for each work that depends on an element.
 
-    Left to its own stage is what another fingerprint's job holds the run folder of, and what was submitted after
-    `since` (Unix time, s) and has ended: by an error, or by someone who cancelled it.
+    Skips a run whose folder is held by a job with another fingerprint, and one that was submitted after `since` (Unix
+    time, s) and has failed or was cancelled: the run's own stage reports it.
     """
     with record.launching():
         first: list[Run] = []
         behind: list[Run] = []
         for run in map(Run.of, works):
             try:
-                _claim_folder(run)
+                claim_folder(run)
             except UserError as error:
                 log.info("not queued ahead: %s", error)
                 continue
@@ -92,62 +86,64 @@ def queue(works: Sequence[Work], profile: Profile, since: float) -> None:
 
 
 def attach(folder: Path) -> Job | None:
-    """This folder's job, if it waits or runs."""
+    """This folder's job, if it is pending or running."""
     job = record.read_job(folder)
     if job is not None and job.job_id is None:
-        job = _find(folder, job)
+        job = scheduler_of(job.kind).find(job)
+        if job is not None:
+            record.write_job(folder, job)
     return job if job is not None and not state(job).is_over else None
 
 
 def state(job: Job) -> Status:
-    """What its scheduler says of a job."""
-    return local.look(job) if job.kind == "local" else slurm.look(job)
+    """The last known status of a job, or of an intent to submit one."""
+    return scheduler_of(job.kind).status(job) if job.job_id is not None else Status("SUBMITTING", False)
 
 
 def cancel(stage: str, name: str) -> str:
-    """End the job of a run folder; its checkpoints stay. Returns the job's id.
+    """End the job of a run folder, which keeps its checkpoints. Returns the job's id.
 
     Raises:
-        UserError: no job of that name waits or runs.
+        UserError: the folder has no job that is pending or running, or the scheduler does not answer.
     """
     folder = paths.run(stage, name)
     job = attach(folder)
     if job is None:
-        raise UserError(f"{folder} has no job that waits or runs")
-    if job.kind == "local":
-        local.cancel(job)
-    else:
-        try:
-            slurm.cancel(job)
-        except UnreachableError as error:
-            raise UserError(f"Slurm does not answer ({error}): job {job.job_id} was not ended") from None
+        raise UserError(f"{folder} has no job that is pending or running")
+    scheduler_of(job.kind).cancel(job)
     return str(job.job_id)
 
 
-def _claim_folder(run: Run) -> None:
-    """Give the folder to this fingerprint: another's run is put aside whole, an earlier run of this one comes back."""
+def claim_folder(run: Run) -> None:
+    """Make the run folder this run's.
+
+    A run with another fingerprint is moved aside with everything in it; an earlier run with this one is moved back.
+
+    Raises:
+        UserError: a job with another fingerprint is pending or running in it.
+    """
     folder = run.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = record.fingerprint_of(folder)
-    if mark == run.mark:
+    there = record.fingerprint_of(folder)
+    if there == run.fingerprint:
         return
     if folder.exists():
         if (job := attach(folder)) is not None:
             raise UserError(
-                f"{folder} belongs to job {job.job_id}, which runs with other parameters or code: "
+                f"{folder} is in use by job {job.job_id}, which has other parameters or code: "
                 f"wait for it, or cancel it with `python -m pipeline cancel {folder.parent.name} {folder.name}`"
             )
-        aside = folder.with_name(f"{folder.name}.{(mark or 'unknown')[:12]}")
+        aside = folder.with_name(f"{folder.name}.{(there or 'unknown')[:12]}")
         number = 0
         while aside.exists():
             number += 1
-            aside = folder.with_name(f"{folder.name}.{(mark or 'unknown')[:12]}.{number}")
+            aside = folder.with_name(f"{folder.name}.{(there or 'unknown')[:12]}.{number}")
         folder.rename(aside)
-        steps = record.newest_step(aside)
+        step = record.newest_step(aside)
         log.info(
-            "put another run aside: %s%s; `python -m pipeline why %s %s` tells what differs",
+            "moved the run that was here to %s%s; `python -m pipeline why %s %s` shows what differs",
             aside,
-            f", with its checkpoint of step {steps}" if steps else "",
+            f", with its checkpoint of step {step}" if step else "",
             folder.parent.name,
             folder.name,
         )
@@ -159,15 +155,15 @@ def _claim_folder(run: Run) -> None:
 
 
 def find_run(run: Run) -> Path | None:
-    """The folder that has this very run, in its place or put aside."""
+    """The folder of the run with this fingerprint, in its place or moved aside."""
     for folder in (run.folder, *sorted(run.folder.parent.glob(f"{run.folder.name}.*"))):
-        if record.fingerprint_of(folder) == run.mark:
+        if record.fingerprint_of(folder) == run.fingerprint:
             return folder
     return None
 
 
 def refuse_while_read(betons: Sequence[Path]) -> None:
-    """Raise UserError while a job that waits or runs reads one of these files."""
+    """Raise UserError while a pending or running job reads one of these files."""
     wanted = {str(beton.absolute()) for beton in betons}
     found = []
     for file in sorted(paths.RUNS.glob("*/*/work.json")):
@@ -175,36 +171,9 @@ def refuse_while_read(betons: Sequence[Path]) -> None:
             found.append(f"job {job.job_id} of {file.parent.parent.name} {file.parent.name}")
     if found:
         raise UserError(
-            f"{', '.join(map(str, betons))} cannot be converted anew while jobs read it ({'; '.join(found)}): "
-            "wait for them, or end them with `python -m pipeline cancel`"
+            f"{', '.join(map(str, betons))} cannot be converted again while jobs read it ({'; '.join(found)}): "
+            "wait for them, or cancel them with `python -m pipeline cancel`"
         )
-
-
-def _find(folder: Path, job: Job) -> Job | None:
-    """What became of a submission whose launcher was killed before it could note the answer."""
-    if job.kind == "local":
-        started = local.find(job)
-        if started is None:
-            return None
-        found = replace(job, job_id=started[0], created=started[1])
-        pickle = Path(job.jobs) / f"{found.job_id}_submitted.pkl"
-        if not pickle.exists():
-            Worker(Path(job.jobs), job.token).pickled(pickle)
-        return record.write_job(folder, found)
-    identity = _until_slurm_answers(lambda: slurm.find(job))
-    return record.write_job(folder, replace(job, job_id=identity)) if identity is not None else None
-
-
-def _until_slurm_answers(ask: Callable[[], T]) -> T:
-    deadline = time.monotonic() + SLURM_AWAY_S
-    while True:
-        try:
-            return ask()
-        except UnreachableError as error:
-            if time.monotonic() > deadline:
-                raise UserError(f"Slurm has not answered for {SLURM_AWAY_S} s: {error}") from None
-            log.info("Slurm does not answer (%s); trying again", error)
-            time.sleep(slurm.POLL_S)
 
 
 def _upstream(run: Run) -> Run:
@@ -213,11 +182,11 @@ def _upstream(run: Run) -> Run:
 
 
 def _submit(runs: list[Run], profile: Profile) -> list[Job]:
-    """Submit one job, or one array; each run folder first notes what is about to be asked for."""
+    """Submit one job, or one array; the intent is first recorded in each run folder."""
     token = record.new_token()
     jobs = (runs[0].folder / "jobs" if len(runs) == 1 else paths.RUNS / "arrays" / token).absolute()
     jobs.mkdir(parents=True, exist_ok=True)
-    attempts.note_folders(jobs, [run.folder for run in runs])
+    attempts.write_folders(jobs, [run.folder for run in runs])
     code = snapshot()
     intents = []
     for index, run in enumerate(runs):
@@ -225,46 +194,23 @@ def _submit(runs: list[Run], profile: Profile) -> list[Job]:
         place = index if len(runs) > 1 else None
         intent = Job(profile.kind, token, str(jobs), profile.environment, time.time(), place)
         intents.append(record.write_job(run.folder, intent))
-    if profile.kind == "local":
-        job_id, created = local.submit(jobs, token, profile, code)
-        submitted = [replace(intents[0], job_id=job_id, created=created)]
-    else:
-        name = f"{runs[0].work.stage}-{runs[0].work.name}" if len(runs) == 1 else runs[0].work.stage
-        identities = _submit_to_slurm(jobs, intents, profile, code, name, after)
-        submitted = [replace(job, job_id=identity) for job, identity in zip(intents, identities, strict=True)]
+    name = f"{runs[0].work.stage}-{runs[0].work.name}" if len(runs) == 1 else runs[0].work.stage
+    submitted = scheduler_of(profile.kind).submit(intents, profile, code, name, after)
     for run, job in zip(runs, submitted, strict=True):
         record.write_job(run.folder, job)
         log.info("submitted %s job %s for %s; log: %s", job.kind, job.job_id, run.label, run.folder / "log.txt")
     return submitted
 
 
-def _submit_to_slurm(
-    jobs: Path, intents: list[Job], profile: Profile, code: Path, name: str, after: str | None
-) -> list[str]:
-    token = intents[0].token
-
-    def find_or_submit() -> list[str]:
-        if found := slurm.find(intents[0]):  # sbatch may have been heard without hearing the answer
-            return [found] if len(intents) == 1 else [f"{found.split('_')[0]}_{job.index}" for job in intents]
-        return batch_script.submit(jobs, token, profile, code, name, len(intents), after)
-
-    try:
-        return batch_script.submit(jobs, token, profile, code, name, len(intents), after)
-    except UnreachableError as error:
-        log.info("Slurm does not answer (%s); trying again", error)
-        time.sleep(slurm.POLL_S)
-        return _until_slurm_answers(find_or_submit)
-
-
 def _write_work(run: Run, profile: Profile, code: Path) -> str | None:
-    """Write the job's orders; returns the id of the job that it has to wait for, if there is one."""
+    """Write `work.json` for the job; returns the id of the job that it has to wait for, if any."""
     arguments, needed, waits_for = {**run.work.arguments, **run.work.watching}, None, None
     if (after := run.work.after) is not None:
         upstream = _upstream(run)
         job = None if upstream.is_done else attach(upstream.folder)
-        if upstream.is_done or (job is not None and record.fingerprint_of(upstream.folder) == upstream.mark):
+        if upstream.is_done or (job is not None and record.fingerprint_of(upstream.folder) == upstream.fingerprint):
             arguments[after.argument] = str((upstream.folder / "out" / after.output).absolute())
-            needed = {"folder": str(upstream.folder.absolute()), "fingerprint": upstream.mark}
+            needed = {"folder": str(upstream.folder.absolute()), "fingerprint": upstream.fingerprint}
             waits_for = job.job_id if job is not None else None
         elif after.place.exists():
             arguments[after.argument] = str(after.place)

@@ -1,4 +1,4 @@
-"""What runs inside a job: one process a rank."""
+"""What runs inside a job: one process per rank."""
 
 import importlib
 import importlib.util
@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 import traceback
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import paths
 from pipeline.cluster import Profile
@@ -22,31 +23,38 @@ from pipeline.errors import UserError
 from pipeline.launch import attempts, record
 from pipeline.launch.attempts import Attempt
 from pipeline.launch.fingerprint import code_of, content_digest
+from pipeline.launch.scheduler import Scheduler, scheduler_of
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 log = logging.getLogger(__name__)
 STALE_S = 60
-"""A network file system may show an old file for so long."""
+"""How long a network file system may show an old file."""
 CLAIM_S = 20
-"""So often the first rank looks whether its run folder has come to wait for another job."""
+"""How often the first rank checks whether another job was submitted for its run folder."""
+RENDEZVOUS_S = 300
+"""How long the other ranks wait for the port of the first."""
+STORE_TIMEOUT = timedelta(minutes=10)
 
 
 class Worker:
-    """The callable that submitit pickles; it names files and holds no state of its own."""
+    """The callable that submitit pickles; it has paths and no other state."""
 
     def __init__(self, jobs: Path, token: str) -> None:
         self.jobs, self.token = jobs, token
 
     def pickled(self, path: Path) -> None:
-        """Write what submitit's job reads; its own copy gets its name only after sbatch has answered."""
-        from submitit.core.utils import DelayedSubmission
+        """Write what submitit's job reads; submitit names its own copy only after sbatch has answered."""
+        from submitit.helpers import DelayedSubmission
 
         DelayedSubmission(self).dump(path)
 
     def __call__(self) -> NoReturn:
-        """Run this rank of the job, and end its process: with status 1 after an error, which is left in the run folder.
+        """Run this rank of the job and exit its process: with status 1 after an error, which is in the run folder.
 
-        Nothing of submitit's or the interpreter's end follows. Threads of torch, gloo, FFCV and OpenMP are still there
-        then, and one that aborts would have a run that is done count as failed.
+        This skips submitit's and the interpreter's own shutdown. Threads of torch, gloo, FFCV and OpenMP still run
+        then, and one that aborts would make a run that is done count as failed.
         """
         import faulthandler
 
@@ -58,7 +66,7 @@ class Worker:
             self._attempt(stopping)
             status = 0
         except SystemExit:
-            pass  # its message is in the log, or in the run folder's errors
+            pass  # its message is in the log or in the run folder's errors
         except BaseException:
             traceback.print_exc()
         finally:
@@ -72,14 +80,15 @@ class Worker:
         import submitit
 
         environment = submitit.JobEnvironment()
+        scheduler = scheduler_of(environment.cluster)
         attempt = Attempt.current()
         folder = attempts.run_folder(self.jobs)
-        is_local, is_first = environment.cluster == "local", environment.global_rank == 0
+        is_first = environment.global_rank == 0
         if record.is_done(folder, record.fingerprint_of(folder)):
-            log.info("%s is done: nothing is left to do", folder)
+            log.info("%s is already done: exiting", folder)
             return
         if is_first:
-            self._take(folder, attempt, is_local)
+            self._claim(folder, attempt, scheduler)
         with attempts.errors_of_rank(folder, attempt, environment.global_rank):
             if is_first:
                 _check_identity(folder)
@@ -87,25 +96,25 @@ class Worker:
                 stopping.watch(folder, self.token)
             finished = self._run(folder, environment, attempt, stopping)
             if stopping.is_replaced and not finished:
-                log.error("%s belongs to another job by now: this one has left", folder)
+                log.error("another job was submitted for %s: exiting", folder)
                 raise SystemExit(1)
-            if not finished and is_local:
-                raise UserError("stopped by a signal; `dvc repro` goes on from the checkpoint that it wrote")
+            if not finished and not scheduler.has_queue:
+                raise UserError("stopped by a signal; `dvc repro` resumes from the checkpoint that it wrote")
         if is_first and finished:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         elif is_first:
-            attempts.ask_again(self.jobs)
+            attempts.request_requeue(self.jobs)
 
-    def _take(self, folder: Path, attempt: Attempt, is_local: bool) -> None:
-        """Note this job as the run folder's; end it when the folder waits for another one's result.
+    def _claim(self, folder: Path, attempt: Attempt, scheduler: Scheduler) -> None:
+        """Record this job as the run folder's; exit if the folder was submitted under another token.
 
-        Should a second job have been submitted in spite of all, this is why it touches nothing.
+        A duplicate job, should there ever be one, changes nothing because of this.
         """
-        created = _controller_created() if is_local else None
+        created = scheduler.process_start()
         deadline = time.monotonic() + STALE_S
         while not record.fill_in(folder, self.token, attempt.job, created):
             if time.monotonic() > deadline:
-                log.error("%s belongs to another job by now: this one has nothing to do", folder)
+                log.error("%s belongs to another job: exiting without changing anything", folder)
                 raise SystemExit(1)
             time.sleep(1)
 
@@ -113,9 +122,9 @@ class Worker:
         work = record.read_work(folder)
         profile = Profile.model_validate_json(json.dumps(work["profile"]))
         os.environ.setdefault("OMP_NUM_THREADS", str(profile.cpus))
-        # Threads that wait for one another sleep: spinning on a core that another process wants costs up to 10x.
+        # Waiting threads sleep: spinning on a core that another process needs costs up to 10x.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Our FFCV operations call C; without this, importing ffcv alone compiles for seconds.
+        # Our FFCV operations call C; without this, only importing ffcv compiles for seconds.
         os.environ["NUMBA_DISABLE_JIT"] = "1"
         if (needed := work["after"]) is not None and not record.is_done(Path(needed["folder"]), needed["fingerprint"]):
             raise UserError(
@@ -124,10 +133,9 @@ class Worker:
         module, function = work["call"].split(":")
         call = getattr(importlib.import_module(module), function)
         from pipeline import world as ranks
-        from pipeline.launch import rendezvous
 
         rank, size = environment.global_rank, environment.num_tasks
-        store = rendezvous.meet(folder, attempt, environment.hostnames[0], rank, size) if size > 1 else None
+        store = rendezvous(folder, attempt, environment.hostnames[0], rank, size) if size > 1 else None
         with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
             finished = bool(call(world, folder, profile, **work["arguments"]))
             if finished and rank == 0:
@@ -136,69 +144,90 @@ class Worker:
             if store is not None:
                 import torch.distributed as dist
 
-                dist.barrier()  # rank 0 has written what it writes: now all may leave at once
+                dist.barrier()  # rank 0 has written everything: now all ranks may exit
         return finished
 
 
 def _check_identity(folder: Path) -> None:
-    """Hold code and data against those that the job was queued with, at each attempt, before the folder is touched."""
+    """Compare code and data with those that the job was queued with, at each attempt, before the folder is touched."""
     work = record.read_work(folder)
-    again = "take the job back with `python -m pipeline cancel`, then run `dvc repro`"
+    again = "cancel the job with `python -m pipeline cancel`, then run `dvc repro`"
     if code_of(work["call"]).digest != work["code"]:
         raise UserError(f"the code in {work['snapshot']} is not what this job was queued with: {again}")
     for path, digest in work["inputs"].items():
         if not Path(path).exists() or content_digest(Path(path)) != digest:
-            raise UserError(f"{path} is not what it was when this job was queued: {again}")
+            raise UserError(f"{path} has changed since this job was queued: {again}")
 
 
 SOFTWARE = ("torch", "torchvision", "timm", "ffcv", "numpy", "pillow", "opencv-python")
 
 
 def _record_software(folder: Path, attempt: Attempt) -> None:
-    """Note the versions that this attempt runs; say so when a run goes on under others."""
+    """Record the versions that this attempt runs, and warn if the previous attempt ran others."""
     now = {name: version(name) for name in SOFTWARE} | {"python": platform.python_version()}
     for library in ("pipeline.data._pixels", "pipeline.models._block"):
         spec = importlib.util.find_spec(library)
         if spec is not None and spec.origin is not None:
             now[library] = content_digest(Path(spec.origin))[:16]
-    file = folder / "software.jsonl"
-    before = (record.read_lines(file) or [{}])[-1]
+    before = (record.software(folder) or [{}])[-1]
     for name in sorted(before.keys() & now.keys()):
-        if name != "attempt" and before[name] != now[name]:
-            log.warning("%s is %s now; the attempt before ran %s", name, now[name], before[name])
-    with file.open("a") as stream:
-        stream.write(json.dumps({"attempt": str(attempt), **now}) + "\n")
+        if before[name] != now[name]:
+            log.warning("%s is %s now; the previous attempt ran %s", name, now[name], before[name])
+    record.add_software(folder, {"attempt": str(attempt), **now})
+
+
+def rendezvous(folder: Path, attempt: Attempt, host: str, rank: int, size: int) -> "TCPStore":
+    """The store over which the ranks of `attempt` find one another; rank 0 runs on `host`.
+
+    It listens on a port that rank 0's system picks and that the run folder, which all nodes see, passes on. A fixed or
+    computed port may be in use, by another job on the node or by the previous attempt, and a rank that connects to
+    such a port waits for ever.
+
+    Raises:
+        UserError: rank 0 did not open a port.
+    """
+    import torch.distributed as dist
+
+    place = folder / f"meeting-{attempt}.json"
+    if rank == 0:
+        for old in folder.glob("meeting-*.json"):
+            old.unlink()
+        store = dist.TCPStore(host, 0, size, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False)
+        with paths.written_atomically(place) as temporary:
+            temporary.write_text(json.dumps({"host": host, "port": store.port}))
+        return store
+    deadline = time.monotonic() + RENDEZVOUS_S
+    while place not in folder.iterdir():  # listing the folder makes a network file system refresh it
+        if time.monotonic() > deadline:
+            raise UserError(f"rank 0 on {host} did not open a port within {RENDEZVOUS_S} s: {place} is missing")
+        time.sleep(0.1)
+    at = json.loads(place.read_text())
+    return dist.TCPStore(at["host"], at["port"], size, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False)
 
 
 class _Stopping:
-    """True once the job has to leave: USR2 before a time limit or preemption, SIGTERM, another job's claim."""
+    """True once the job has to stop: USR2 before a time limit or preemption, SIGTERM, another job's submission."""
 
     def __init__(self) -> None:
         self.asked = self.is_replaced = False
-        self.looked = time.monotonic()
+        self.checked = time.monotonic()
         self.watched: tuple[Path, str] | None = None
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = True
-        os.write(1, f"{signal.Signals(number).name}: stopping after this step\n".encode())  # logging may be at work
+        os.write(
+            1, f"{signal.Signals(number).name}: stopping after this step\n".encode()
+        )  # not logging: its lock may be held
 
     def watch(self, folder: Path, token: str) -> None:
-        """Leave, too, when `folder` has come to wait for another token: two jobs must not write into it."""
+        """Also stop when `folder` is submitted under another token: two jobs must not write into it."""
         self.watched = (folder, token)
 
     def __call__(self) -> bool:
-        if self.watched is not None and time.monotonic() - self.looked > CLAIM_S:
-            self.looked = time.monotonic()
+        if self.watched is not None and time.monotonic() - self.checked > CLAIM_S:
+            self.checked = time.monotonic()
             job = record.read_job(self.watched[0])
             self.is_replaced = job is not None and job.token != self.watched[1]
         return self.asked or self.is_replaced
-
-
-def _controller_created() -> float:
-    """Start of the local executor's controller, this process's parent."""
-    import psutil
-
-    parent = psutil.Process().parent()
-    return parent.create_time() if parent is not None else 0.0

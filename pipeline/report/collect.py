@@ -162,7 +162,7 @@ def _provenance(params: Params, task: Task, table: str, variant: str, seed: int)
     about = None if folder is None else About.read(folder)
     if folder is None or about is None:
         return Provenance(row, command)
-    job, software = record.read_job(folder), record.read_lines(folder / "software.jsonl")
+    job, software = record.read_job(folder), record.software(folder)
     return Provenance(
         row,
         command,

@@ -98,10 +98,10 @@ class RunFiles:
 
     def ended_ms(self) -> int:
         """When the run ended, Unix time."""
-        for name in ("done", "error.txt", "history.jsonl"):
-            if (self.folder / name).exists():
-                return _modified_ms(self.folder / name)
-        return round(time.time() * 1000)
+        if (self.folder / "done").exists():
+            return _modified_ms(self.folder / "done")
+        files = [*self.folder.glob("errors/*.json"), *self.folder.glob("history.jsonl")]
+        return max(map(_modified_ms, files), default=round(time.time() * 1000))
 
     def stamp(self) -> list[int]:
         """Changes when a file that is mirrored does."""

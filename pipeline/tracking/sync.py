@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import paths
+from pipeline.catalogue import TASKS
 from pipeline.launch import record
-from pipeline.launch.status import Status
 from pipeline.launch.submission import state
 from pipeline.tracking.about import About
 from pipeline.tracking.comparison import ComparisonMirror
@@ -54,7 +54,7 @@ def status(folder: Path) -> RunStatus:
     job = record.read_job(folder)
     word = ""
     if job is not None:
-        scheduler = state(job) if job.job_id is not None else Status("SUBMITTING", False)
+        scheduler = state(job)
         if not scheduler.is_over:
             return "RUNNING"
         word = scheduler.state
@@ -65,7 +65,7 @@ def status(folder: Path) -> RunStatus:
 
 def _runs(server: Server) -> Iterator[tuple[Path, Mirror]]:
     comparisons: dict[Path, ComparisonMirror] = {}
-    for stage in ("train_classifier", "train_segmenter", "evaluate_released"):
+    for stage in (*(task.training_stage for task in TASKS.values()), "evaluate_released"):
         for folder in _folders(stage):
             yield folder, mirror_of(server, folder, comparisons)
 

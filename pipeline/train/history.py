@@ -19,7 +19,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line that a killed writer left unfinished is ignored."""
+    """All whole lines; one that a killed writer left unfinished is skipped."""
     if not path.exists():
         return []
     records = []
@@ -27,7 +27,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records
 
 
