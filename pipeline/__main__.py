@@ -104,6 +104,18 @@ def _doctor(options: Options) -> int:
     return examine(verify=options.verify, test_job=options.test_job)
 
 
+def _submit(options: Options) -> int:
+    from pipeline.cluster import load_profile
+    from pipeline.launch.ahead import submit
+
+    works = submit(load_params(paths.PARAMS), load_profile(paths.cluster_profile()), options.targets)
+    if not works:
+        print("nothing to queue: no training is stale, or its data is still to be converted (`dvc status`)")
+    for work in works:
+        print(f"queued: {work.stage} {work.name}")
+    return 0
+
+
 def _jobs(_: Options) -> int:
     from pipeline.launch.jobs import show_jobs
 
@@ -196,6 +208,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add("doctor", _doctor, "what is there, what is missing, what to do")
     doctor.add_argument("--verify", action="store_true", help="check each sample of each .beton against its manifest")
     doctor.add_argument("--test-job", action="store_true", help="submit a job of a minute that tries the cluster")
+    submit = add("submit", _submit, "queue all trainings that are stale, and leave; `dvc repro` collects them")
+    submit.add_argument("targets", nargs="*", help="as for `dvc repro`: only what these need")
     add("jobs", _jobs, "the jobs that wait or run: state, node, progress, time left")
     cancel = add("cancel", _cancel, "end the jobs of one or more runs; their checkpoints stay")
     why = add("why", _why, "what differs between a run and the one that would be made now")

@@ -13,6 +13,7 @@ import pytest
 from conftest import Checkout
 from slurm_cluster import ON_SLURM, SlurmCluster, wait_until
 
+from pipeline.catalogue import TASKS
 from pipeline.launch.slurm_status import POLL_S
 
 pytest_plugins = "slurm_cluster"
@@ -153,6 +154,26 @@ def test_one_target_queues_only_what_it_needs(slurm_cluster: SlurmCluster, check
         time.sleep(2)
         names = {name for (name,) in queued(slurm_cluster, checkout, "%j").values()}
         assert names == {"train_classifier-poolformer_s12-0", "train_segmenter-poolformer_s12-0"}
+
+
+def test_submit_queues_what_is_stale_and_leaves(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
+    checkout = checkout_on_slurm
+    try:
+        said = checkout.pipeline("submit", "evaluate_segmenter@poolformer_s12-0").stdout
+        assert said.splitlines()[-2:] == [f"queued: train_{task} poolformer_s12-0" for task in TASKS]
+        first = queued(slurm_cluster, checkout, "%j")
+        assert sorted(name for (name,) in first.values()) == [f"train_{task}-poolformer_s12-0" for task in TASKS]
+        checkout.pipeline("submit")
+        everything = queued(slurm_cluster, checkout)
+        assert first.keys() < everything.keys()
+        assert len(everything) == 4
+        refused = checkout.pipeline("submit", "train_everything", check=False)
+        assert "train_everything" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    finally:
+        for job in queued(slurm_cluster, checkout):
+            slurm_cluster.run("scancel", job)
+        wait_until(lambda: not queued(slurm_cluster, checkout), "an empty queue")
 
 
 def test_a_command_by_itself_queues_itself(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:

@@ -19,8 +19,9 @@ from slurm_cluster import wait_until
 
 from pipeline import paths
 from pipeline.cluster import Profile, load_profile
+from pipeline.config import load_params
 from pipeline.errors import UserError
-from pipeline.launch import attempts, record, slurm_status
+from pipeline.launch import ahead, attempts, record, slurm_status
 from pipeline.launch.attempts import Attempt
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import SCHEDULERS, scheduler_of
@@ -254,6 +255,11 @@ def test_a_faulty_profile_is_one_line_that_names_it(tmp_path: Path, text: str, c
     with pytest.raises(UserError, match=complaint) as caught:
         load_profile(path)
     assert str(path) in str(caught.value)
+
+
+def test_submit_needs_a_queue(in_checkout: Path) -> None:
+    with pytest.raises(UserError, match="has no queue"):
+        ahead.submit(load_params(paths.PARAMS), load_profile(paths.cluster_profile()), [])
 
 
 def test_the_profiles_of_the_project_are_valid() -> None:

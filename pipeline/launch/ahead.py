@@ -1,29 +1,37 @@
-"""On Slurm all trainings are queued at once: the first that `dvc repro` comes to submits the others it will come to.
+"""On Slurm all trainings are queued at once: by `python -m pipeline submit`, or by the first that `dvc repro` runs.
 
-DVC runs one stage after another and says nothing of the next. So this looks for the `dvc` among the parent processes,
-reads its arguments with DVC's own parser, and has DVC's graph say which stages follow. What is queued here is attached
-to when DVC comes to it. Started in another way, a stage queues itself alone.
+DVC runs one stage after another and does not tell it which ones follow. It does record what it runs in
+`.dvc/tmp/rwlock`: the command line of the `dvc repro` that holds this stage's outputs. DVC's own parser reads its
+arguments, and DVC's graph says which stages follow. `dvc status` and `dvc repro --dry` would say so too, but not
+while a stage runs, whose outputs are locked. What is queued here is attached to when DVC comes to it. A stage that
+was started in another way queues itself alone.
 """
 
+import json
 import logging
 import os
+import shlex
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from pipeline import paths
 from pipeline.catalogue import TASKS
 from pipeline.cluster import Profile
 from pipeline.config import Params
+from pipeline.errors import UserError
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.scheduler import scheduler_of
 from pipeline.launch.submission import queue
 from pipeline.launch.works import of_stage
 
 log = logging.getLogger(__name__)
+RWLOCK = Path(".dvc/tmp/rwlock")
 
 
 def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> list[Work]:
@@ -34,9 +42,27 @@ def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> li
     if not scheduler_of(profile.kind).has_queue:
         return []
     dvc = _surrounding_dvc()
-    others = _trainings_to_come(params, dvc.options) if dvc is not None else []
+    others = _trainings(params, dvc.options, os.environ.get("DVC_STAGE")) if dvc is not None else []
     queue([work, *others], profile, since=dvc.started if dvc is not None else time.time())
     return others
+
+
+def submit(params: Params, profile: Profile, targets: Sequence[str]) -> list[Work]:
+    """Queue the trainings that `dvc repro` with these targets would run, and leave; returns them.
+
+    Those whose data is not converted yet are not among them.
+
+    Raises:
+        UserError: the profile has no queue, or DVC knows no such target.
+    """
+    if not scheduler_of(profile.kind).has_queue:
+        raise UserError(f"{paths.cluster_profile()} has no queue: PIPELINE_CLUSTER must name a profile of kind slurm")
+    options = _parsed(["repro", *targets])
+    if options is None:
+        raise UserError(f"{' '.join(targets)}: not what `dvc repro` takes")
+    works = _trainings(params, options, None)
+    queue(works, profile, since=time.time())
+    return works
 
 
 @dataclass(frozen=True)
@@ -49,28 +75,32 @@ class _Dvc:
 
 def _surrounding_dvc() -> _Dvc | None:
     """The one that this process belongs to."""
+    try:
+        locked = json.loads(RWLOCK.read_text())["write"].values()
+    except (FileNotFoundError, KeyError, json.JSONDecodeError):
+        return None
+    commands = {entry["pid"]: entry["cmd"] for entry in locked}
     for process in psutil.Process().parents():
-        try:
-            words, started = process.cmdline(), process.create_time()
-        except psutil.Error:  # another user's, on a system that hides those
-            continue
-        places = [place for place, word in enumerate(words) if Path(word).name == "dvc"]
-        if places and (options := _parsed(words[places[0] + 1 :])) is not None:
-            return _Dvc(options, started)
+        if process.pid in commands:
+            options = _parsed(shlex.split(commands[process.pid])[1:])
+            return None if options is None else _Dvc(options, process.create_time())
     return None
 
 
-def _trainings_to_come(params: Params, options: Namespace) -> list[Work]:
+def _trainings(params: Params, options: Namespace, running: str | None) -> list[Work]:
+    """The trainings that a `dvc repro` with these options runs, or has still to run after the stage `running`."""
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     # Released weights are put in a training's place by the stage itself, not by a job.
-    trainings = tuple(task.training_stage for task in TASKS.values() if not task.takes_released(params))
+    stages = tuple(task.training_stage for task in TASKS.values() if not task.takes_released(params))
     try:
         with Repo() as repo, repo.lock:  # free while a command of a stage runs
-            names = _stale_trainings(repo, options, trainings)
+            names = _stale_trainings(repo, options, stages, running)
     except DvcException as error:
+        if running is None:
+            raise UserError(str(error)) from None
         log.info("queued this training alone: %s", error)
         return []
     works = [of_stage(params, stage, variant, int(seed)) for stage, variant, seed in names]
@@ -87,17 +117,18 @@ def _parsed(words: list[str]) -> Namespace | None:
     return options if hasattr(options, "single_item") and options.cd == os.path.curdir else None
 
 
-def _stale_trainings(repo: Any, options: Namespace, trainings: tuple[str, ...]) -> list[list[str]]:
-    """Stage, variant and seed of each, in DVC's order, without the one that runs now."""
+def _stale_trainings(repo: Any, options: Namespace, trainings: tuple[str, ...], running: str | None) -> list[list[str]]:
+    """Stage, variant and seed of each, in DVC's order, behind the one that runs now."""
     import networkx
 
     graph, steps = _plan(repo, options)
-    addresses = [stage.addressing for stage in steps]
-    here = os.environ.get("DVC_STAGE", "")
-    if here not in addresses:
-        return []
-    runs, found = {here}, []
-    for stage in steps[addresses.index(here) + 1 :]:
+    runs, found = set[str](), []
+    if running is not None:
+        addresses = [stage.addressing for stage in steps]
+        if running not in addresses:
+            return []
+        runs, steps = {running}, steps[addresses.index(running) + 1 :]
+    for stage in steps:
         before = {other.addressing for other in graph.successors(stage)} & runs  # its dependencies
         if stage.addressing.startswith(trainings):
             if not all(address.startswith(trainings) for address in before):
