@@ -15,18 +15,10 @@ import pandas as pd
 
 FOLDER = Path(__file__).parent
 
-TABLES = (
-    "variants",
-    "table2_imagenet",
-    "table3_coco",
-    "table4_ade20k",
-    "table5_ablations",
-    "table7_longer_training",
-    "released_imagenet",
-    "mmseg_ade20k",
-    "training_cost",
-)
-"""The files of numbers. `recipe` and `protocol` have JSON values; `released_files` and `disagreements` hold text."""
+WITHOUT_NUMBERS = ("recipe", "protocol", "released_files", "disagreements")
+"""`recipe` and `protocol` have JSON values, the others text; every other file has a number in each row."""
+TABLES = tuple(sorted(file.stem for file in FOLDER.glob("*.csv") if file.stem not in WITHOUT_NUMBERS))
+"""The files of numbers."""
 
 
 @cache

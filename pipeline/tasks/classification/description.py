@@ -60,7 +60,11 @@ CLASSIFIER = Task(
     evaluate="pipeline.tasks.classification.evaluation:evaluate",
     create="pipeline.models:create_classifier",
     released="pipeline.models.released_weights:RELEASED_CLASSIFIERS",
-    metrics=(Metric("top1", "Top-1"), Metric("top5", "Top-5"), Metric("loss", "Loss", unit="", digits=4)),
+    metrics=(
+        Metric("top1", "Top-1"),
+        Metric("top5", "Top-5"),
+        Metric("loss", "Loss", unit="", digits=4),
+    ),
     evaluation_arguments=evaluation_arguments,
     forward_gmacs=forward_gmacs,
     evaluation_gmacs=_evaluation_gmacs,
