@@ -1,4 +1,4 @@
-"""Ranks for tests: processes that join a real gloo group, kept for the session so that each imports torch once.
+"""Ranks for tests: processes that join a real gloo group, kept for a module's tests so that each imports torch once.
 
 A test module that wants them says `pytest_plugins = "rank_pool"` and asks for `on_ranks`.
 PYTEST_DONT_REWRITE: such a module imports this one before pytest could.
@@ -38,7 +38,7 @@ def rank_pool() -> Iterator[RunOnRanks]:
         yield run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def on_ranks() -> Iterator[RunOnRanks]:
     """See `rank_pool`."""
     with rank_pool() as run:

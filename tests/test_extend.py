@@ -1,4 +1,4 @@
-"""docs/extend.md followed to the letter in a copy of the project: a variant, a metric and a task that the paper lacks."""
+"""docs/extend.md, followed to the letter in a copy: a variant, a metric and a task that the paper lacks."""
 
 import json
 import re
