@@ -46,7 +46,7 @@ class ReadyBatches(ClassificationTask):
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write `data_behind_step.csv`, print it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_behind_step", description=__doc__)
-    parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images per step (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="px (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of one turn (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="turns (default: %(default)s)")

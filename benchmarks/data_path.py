@@ -1,6 +1,6 @@
 """Conversion, loading by the paper's recipe, and bare decoding, each with one thread, against timm and stock FFCV.
 
-Each measurement has a process of its own, so that memory is its own too; all processes share one
+Each measurement runs in its own process, so that memory is separate too; all processes share one
 core and run in turns, so that a machine that slows down slows them alike.
 """
 

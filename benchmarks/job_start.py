@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(variants: list[str], repeats: int) -> list[dict[str, object]]:
-    """One row a variant, its processes in turns with the others'."""
+    """One row per variant, its processes in turns with the others'."""
     from benchmarks.digits import prepare_digits
     from benchmarks.machine import machine_row
 

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(mode: str, steps: int) -> dict[str, float]:
-    """One training in a process of its own, mirrored by this one."""
+    """One training in a separate process, mirrored by this one."""
     with tempfile.TemporaryDirectory() as scratch:
         begin_s = _prepare(Path(scratch)) if mode == "with" else 0.0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}

@@ -1,6 +1,6 @@
 """`python -m benchmarks.training_step`: our step and inference against timm's and the official code's, on this machine.
 
-Each rival has a process of its own, with the settings that its own script would have; for each variant they run in
+Each rival runs in its own process, with the settings of its own script; for each variant they run in
 turns on the same batch, so that a machine that slows down slows them alike.
 """
 

@@ -36,7 +36,7 @@ class Strict(BaseModel):
 
 class ImageNetData(Strict):
     source: Literal["digits", "folder"] = Field(description="'digits' writes the demo's images into `root`")
-    root: str = Field(description="folder with train/ and val/, one folder a class in each")
+    root: str = Field(description="folder with train/ and val/, one folder per class in each")
     splits: list[Literal["train", "val"]] = Field(description="what is listed and converted; [val] to train nothing")
     num_classes: int = Field(gt=1)
     storage: Literal["original", "compact"] = Field(description="JPEG bytes untouched, or shrunk and re-encoded")
@@ -138,7 +138,7 @@ class Classification(Strict):
         description="'released' puts the authors' weights in the place of a training, for the segmenters to start from"
     )
     recipe: dict[str, Any] = Field(description="fields of ClassificationRecipe shared by all variants")
-    variants: dict[Variant, dict[str, Any]] = Field(description="fields that one variant has of its own")
+    variants: dict[Variant, dict[str, Any]] = Field(description="fields that differ for one variant")
 
     def recipe_for(self, variant: str) -> ClassificationRecipe:
         return _merged(ClassificationRecipe, "classification", self.recipe, self.variants, variant)
@@ -147,7 +147,7 @@ class Classification(Strict):
 class Segmentation(Strict):
     train: list[Variant] = Field(description="variants to train")
     recipe: dict[str, Any] = Field(description="fields of SegmentationRecipe shared by all variants")
-    variants: dict[Variant, dict[str, Any]] = Field(description="fields that one variant has of its own")
+    variants: dict[Variant, dict[str, Any]] = Field(description="fields that differ for one variant")
 
     def recipe_for(self, variant: str) -> SegmentationRecipe:
         return _merged(SegmentationRecipe, "segmentation", self.recipe, self.variants, variant)

@@ -5,14 +5,14 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message is one line: what is wrong, where, and what to do.
+    """An error that the user can fix. The message is one line: what is wrong, where, and what to do.
 
-    The command line prints the message without a traceback; a traceback means a bug of ours.
+    The command line prints the message without a traceback; a traceback means a bug in the pipeline.
     """
 
 
 def unknown(what: str, name: str, valid: Any) -> str:
-    """The sentence for a name that nobody knows, with the nearest and all valid ones."""
+    """The sentence for an unknown name: the nearest valid name, and all of them."""
     near = difflib.get_close_matches(name, list(valid), n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"unknown {what}{hint}; valid: {', '.join(valid)}"

@@ -48,7 +48,7 @@ def curve(stage: str, variant: str, seed: int) -> Path:
 
 
 def validation(variant: str, seed: int) -> Path:
-    """The accuracies that were looked at while one classifier trained, as CSV."""
+    """The validation passes of one classifier's training, as CSV."""
     return RESULTS / "train_classifier" / f"{variant}-{seed}.validation.csv"
 
 

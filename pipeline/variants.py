@@ -1,6 +1,6 @@
 """What tells one PoolFormer from another (paper, section 4.1 and table 1): an entry of variants.yaml each.
 
-The entries are parameters and no code: a result depends on the entry of its own variant alone.
+The entries are parameters and no code: a result depends only on the entry of its variant.
 """
 
 from collections.abc import Mapping

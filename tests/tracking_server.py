@@ -42,7 +42,7 @@ def run_folder(
 
 
 def train(folder: Path, first: int, last: int, *, at_ms: int = 1_700_000_000_000) -> None:
-    """Add the history of steps after `first` up to `last`; ten steps an epoch."""
+    """Add the history of steps after `first` up to `last`; ten steps per epoch."""
     with (folder / "history.jsonl").open("a") as stream:
         for step in range(first + 1, last + 1):
             record = {

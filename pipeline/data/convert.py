@@ -1,6 +1,6 @@
 """Image folders to .beton files: the original JPEG bytes, untouched, in FFCV's own format.
 
-Threads read, check and hash, which leaves Python's lock; one loop writes in the folder's order. So
+Threads read, check and hash, which releases the GIL; one loop writes in the folder's order. So
 the file does not depend on the number of workers, and no worker process can die alone.
 """
 

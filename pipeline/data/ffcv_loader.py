@@ -1,6 +1,6 @@
 """FFCV's Loader for operations that are plain Python calling C: what our loaders share, and the traps they avoid.
 
-FFCV reads the file and runs ahead of the consumer in a thread of its own. Which samples a batch holds is decided
+FFCV reads the file and runs ahead of the consumer in a separate thread. Which samples a batch holds is decided
 before FFCV sees them: it takes the given positions as they come.
 """
 

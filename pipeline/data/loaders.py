@@ -4,7 +4,7 @@ A whole batch is made in one C call. An epoch is the same for any number of work
 once in evaluation.
 
 Images come out as uint8 `(B, 3, H, W)` in channels_last memory, for the device to normalise, erase
-and mix. Each batch has memory of its own (FFCV's would be overwritten five batches later).
+and mix. Each batch owns its memory (FFCV's would be overwritten five batches later).
 """
 
 from __future__ import annotations

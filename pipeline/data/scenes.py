@@ -1,6 +1,6 @@
 """The demo's segmentation data: scenes of several handwritten digits, in ADE20K's folder layout.
 
-Labels in the annotation files: 0 "other" (the blurred edge of a digit, which nobody scores, as in
+Labels in the annotation files: 0 "other" (the blurred edge of a digit, which is not scored, as in
 ADE20K), 1 background, 2 to 11 the digits 0 to 9. The protocol's shift by one leaves 11 classes.
 """
 

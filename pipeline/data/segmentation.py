@@ -1,7 +1,7 @@
 """Segmentation loaders: mmsegmentation's pipeline for ADE20K, inside FFCV's loader.
 
-FFCV runs ahead in a thread of its own and hands each batch to one operation, which spreads the
-samples over worker threads (OpenCV leaves Python's lock). Every random draw is a function of (seed,
+FFCV runs ahead in a separate thread and hands each batch to one operation, which spreads the
+samples over worker threads (OpenCV releases the GIL). Every random draw is a function of (seed,
 epoch, sample) through Philox: neither the number of workers or ranks nor the iteration that a run
 starts from changes a pixel.
 """
@@ -108,7 +108,7 @@ def segmentation_train_loader(
 ) -> SegmentationLoader[SegmentationBatch]:
     """Batches for the iterations from `first_iteration` up to and without `iterations`.
 
-    The samples are an endless sequence of epochs, each in a random order of its own. Iteration k
+    The samples are an endless sequence of epochs, each in its own random order. Iteration k
     takes `batch_size` of them (the global batch) from position k * batch_size on; a rank yields its
     share of these, one after the other.
 

@@ -112,7 +112,7 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     Plain is: 8 bits, one or three components, Huffman coding, every marker segment whole from the
     first to the end-of-image marker after the last scan, and every coded bit in order up to there.
-    Of a damaged scan libjpeg's versions make different pixels, with warnings that nobody sees.
+    Of a damaged scan libjpeg's versions make different pixels, with warnings that are not shown.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -148,7 +148,7 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _scan_ends(data: bytes, start: int) -> npt.NDArray[np.int64]:
-    """Where there are markers that end a scan; numpy looks for them without Python's lock."""
+    """Where there are markers that end a scan; numpy searches with the GIL released."""
     values = np.frombuffer(data, np.uint8)[start:]
     candidates = np.flatnonzero(values[:-1] == 0xFF)
     return candidates[_ENDS_SCAN[values[candidates + 1]]] + start

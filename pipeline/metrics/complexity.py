@@ -14,7 +14,7 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, image_size: int) -> int:
     """Multiply-adds of one forward pass over one `(1, 3, image_size, image_size)` image.
 
-    A multiply-add counts once. fvcore adds norms and bilinear upsampling by rules of its own and
+    A multiply-add counts once. fvcore adds norms and bilinear upsampling by its own rules and
     leaves out pooling and elementwise operations; the official code's count, by its script
     misc/mac_count_with_fvcore.py, is the same. The model may be in training mode and stays so.
     """

@@ -170,7 +170,7 @@ def describe_other_model(
 
 
 def released_key(key: str) -> str:
-    """A key of ours as the authors' files (classifiers) and mmseg's (segmenters) have it.
+    """One of our keys as the authors' files (classifiers) and mmseg's (segmenters) have it.
 
     Their `network` alternates between stages, at even places, and downsampling, at odd ones.
     """

@@ -67,7 +67,7 @@ def recipe_differences(task: str, variant: str, recipe: Mapping[str, Any]) -> li
     """Fields of one section of the parameters that are not the paper's, as `<task>.<field>`, in the section's order.
 
     Where the paper and its code disagree (300 or 310 epochs, batch 4096 or 1024) either value is the paper's. Fields
-    that the paper does not fix (the floating-point format) are not looked at.
+    that the paper does not fix (the floating-point format) are not compared.
 
     Args:
         task: "classification" or "segmentation" (training recipes), "evaluation.classification",

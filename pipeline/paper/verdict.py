@@ -6,7 +6,7 @@ Released weights are a fixed function of the images, so one evaluation says ever
 within 0.05 points of the published measurement of the same file, and `outside` when not. The 0.05 leaves room for
 the rounding of another processor and for nothing else.
 
-A retraining is one draw from a distribution, and so is the paper's number, whose seed nobody knows. The mean over the
+A retraining is one draw from a distribution, and so is the paper's number, whose seed is unknown. The mean over the
 seeds is `within` when it is no farther from the paper than the tolerance: for top-1 the larger of 0.3 points and two
 standard deviations between seeds, for mIoU 1.1 points (mmsegmentation trained each segmenter five times: standard
 deviations 0.28 to 0.45, means up to 1.02 below the paper). One seed has no standard deviation: far from the paper
@@ -92,7 +92,7 @@ def judge_released(
 
     Args:
         value: measured, percent; None when the file is not there.
-        published: percent; None where nobody published one.
+        published: percent; None where there is none.
         rule: of the metric.
         file: name of the weights' file, for the text.
         comparable: whether the images are the published measurement's.

@@ -72,7 +72,7 @@ class CostTable:
 
 
 def cost_rows(cost: pd.DataFrame) -> CostTable:
-    """The trainings' cost as text; a column that nobody knows is left out, as energy on a CPU."""
+    """The trainings' cost as text; a column without a value is left out, as energy on a CPU."""
     shown = [key for key in COST_COLUMNS if key in cost and cost[key].notna().any()]
     rows = [
         [f"{row['task']}: {label(row['variant'])}", str(row["seed"]), *(_cell(row[key], key) for key in shown)]

@@ -29,7 +29,7 @@ ALWAYS_SHOWN = {
 
 
 def visible_columns(numbers: pd.DataFrame, comparison: Comparison) -> list[Column]:
-    """The columns to show: those without a single number are left out, but for the ones a reader looks for."""
+    """The columns to show: those without a number are left out, except for the ones that every reader expects."""
     return [
         column for column in comparison.all_columns() if column.key in ALWAYS_SHOWN or numbers[column.key].notna().any()
     ]

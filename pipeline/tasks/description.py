@@ -60,7 +60,7 @@ class Metric:
     unit: str = "%"
     digits: int = 2
     in_tables: bool = False
-    """Whether tables show its mean over the seeds in a column of its own, behind those of the comparison."""
+    """Whether tables show its mean over the seeds in a separate column, after those of the comparison."""
     in_dashboard: bool = False
     """Whether MLflow's run table has it as a column."""
 

@@ -14,7 +14,7 @@ from pipeline.cluster import Profile
 
 
 def report(world: ranks.World, run_folder: Path, profile: Profile, *, nonce: str) -> bool:
-    """Rank 0 writes `out/report.json`: one entry a rank, in their order.
+    """Rank 0 writes `out/report.json`: one entry per rank, in order.
 
     `sum` is an all_reduce over rank + 1 on the ranks' devices. `nonce` makes each test job's fingerprint its own.
     """

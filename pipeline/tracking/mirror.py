@@ -84,7 +84,7 @@ class Mirror:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run, if this server has one that nobody deleted."""
+        """The MLflow run, if this server has one that was not deleted."""
         self._load()
         return None if self.state.get("deleted") else self.state.get("run_id")
 

@@ -42,8 +42,8 @@ class RunFiles:
             if key not in NOT_METRICS and isinstance(value, int | float)
         ]
 
-    def looks(self) -> list[dict[str, Any]]:
-        """The accuracies that were looked at in training."""
+    def validation_passes(self) -> list[dict[str, Any]]:
+        """The validation passes of a training."""
         return history.read(self.folder / "validation.jsonl")
 
     def validations(self) -> list[Any]:
@@ -52,7 +52,7 @@ class RunFiles:
 
         return [
             Metric(key, float(value), record["time_ms"], record["step"])
-            for record in self.looks()
+            for record in self.validation_passes()
             for key, value in record.items()
             if key not in ("step", "epoch", "time_ms")
         ]
@@ -76,7 +76,7 @@ class RunFiles:
         metrics = list(_epochs(records))
         metrics += [
             Metric("epoch/top1", float(record["top1"]), record["time_ms"], round(record["epoch"]))
-            for record in self.looks()
+            for record in self.validation_passes()
         ]
         last = records[-1]["step"] if records else 0
         cost, evaluation = self.folder / "out/cost.json", self.folder / "evaluation.json"

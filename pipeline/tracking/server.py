@@ -80,7 +80,7 @@ class Server:
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Inside, nobody waits for a job, so requests may take as long as a large model needs; what the user set stays."""
+    """No job is waited for inside, so requests may take as long as a large model needs; what the user set stays."""
     for key, value in PATIENT.items():
         os.environ[key] = GIVEN.get(key, value)
     try:

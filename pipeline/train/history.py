@@ -1,4 +1,4 @@
-"""The record of a run as JSON lines: one a logging interval, appended by rank 0, cut back when a run resumes."""
+"""The record of a run as JSON lines: one per logging interval, appended by rank 0, truncated when a run resumes."""
 
 import json
 from datetime import timedelta
@@ -44,7 +44,7 @@ def write_curve(records: list[dict[str, Any]], curve: Path) -> None:
 
 
 def write_validation(records: list[dict[str, Any]], file: Path) -> None:
-    """Write the accuracies that were looked at in training as CSV."""
+    """Write the validation passes of a training as CSV."""
     _write(records, VALIDATION_COLUMNS, file)
 
 

@@ -33,7 +33,7 @@ def predict(
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The images of an evaluation and how a model sees them, there and when it is looked at while it trains."""
+    """The images of an evaluation and how they are prepared, there and in the validation passes of a training."""
 
     beton: str
     image_size: int

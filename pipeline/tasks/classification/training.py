@@ -137,22 +137,22 @@ def train(
 ) -> bool:
     """Train one classifier; see `run_recipe` for what is written and returned.
 
-    `validation` is what ValidationSet wants: where and how to look at top-1 meanwhile.
+    `validation` has the arguments of ValidationSet: where and how top-1 is measured meanwhile.
     """
     checked = validate(ClassificationRecipe, recipe, "recipe")
     layout = split(checked.global_batch_size, world.size, profile.max_images_per_device)
     task = ClassificationTask(variant, checked, num_classes, Path(beton), seed, world)
-    looks = None if validation is None else _looks(task, validation, profile)
-    return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=looks)
+    passes = None if validation is None else _validation(task, validation, profile)
+    return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=passes)
 
 
-def _looks(task: ClassificationTask, validation: dict[str, Any], profile: Profile) -> Validation | None:
+def _validation(task: ClassificationTask, validation: dict[str, Any], profile: Profile) -> Validation | None:
     if not profile.validations:
         return None
-    # By name, as the looks change no weight: how a classifier is measured is no part of what a training depends on.
+    # By name: validation changes no weight, so its code is not among what a training depends on.
     images = import_module("pipeline.tasks.classification.evaluation").ValidationSet(**validation)
     if not Path(images.beton).exists():
-        log.warning("no %s: top-1 will be known at the end alone", images.beton)
+        log.warning("no %s: top-1 will be known only at the end", images.beton)
         return None
     epochs = math.ceil((task.recipe.epochs + task.recipe.cooldown_epochs) / profile.validations)
     return Validation(
