@@ -62,6 +62,7 @@ def test_readme_commands_exist() -> None:
         "sync",
         "views",
         "jobs",
+        "submit",
         "cancel",
         "plan",
         "why",

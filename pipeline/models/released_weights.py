@@ -24,9 +24,6 @@ from pipeline.variants import VARIANTS
 
 ModelT = TypeVar("ModelT", bound=PoolFormerClassifier | SemanticFPN)
 
-RELEASED_CLASSIFIERS: Mapping[str, str] = {variant: f"{variant}.pth.tar" for variant in VARIANTS}
-"""The authors' files: github.com/sail-sg/poolformer, release v1.0."""
-
 RELEASED_SEGMENTERS: Mapping[str, str] = {
     variant: f"fpn_{variant}_8x4_512x512_40k_ade20k_{suffix}.pth"
     for variant, suffix in {
@@ -38,6 +35,9 @@ RELEASED_SEGMENTERS: Mapping[str, str] = {
     }.items()
 }
 """mmsegmentation's files (its configs/poolformer page links them): date, time, SHA-256 prefix."""
+
+RELEASED_CLASSIFIERS: Mapping[str, str] = {variant: f"{variant}.pth.tar" for variant in RELEASED_SEGMENTERS}
+"""The authors' files: github.com/sail-sg/poolformer, release v1.0."""
 
 
 def find_released(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
@@ -81,12 +81,13 @@ def load_released(model: ModelT, path: Path | str) -> ModelT:
 
 def expected_file(model: PoolFormerClassifier | SemanticFPN) -> str:
     """What the user should have given, for the end of an error."""
+    variant = model.variant
+    own = f"a {variant} {'segmenter' if isinstance(model, SemanticFPN) else 'classifier'} of this project"
+    if variant not in RELEASED_CLASSIFIERS:
+        return own
     if isinstance(model, SemanticFPN):
-        return f"{RELEASED_SEGMENTERS[model.variant]} or a {model.variant} segmenter of this project"
-    return (
-        f"{RELEASED_CLASSIFIERS[model.variant]}, timm's {model.variant}, "
-        f"or a {model.variant} classifier of this project"
-    )
+        return f"{RELEASED_SEGMENTERS[variant]} or {own}"
+    return f"{RELEASED_CLASSIFIERS[variant]}, timm's {variant}, or {own}"
 
 
 def check_name_hash(path: Path) -> None:
@@ -150,10 +151,10 @@ def describe_other_model(
             widths[stage] = value.numel()
     if not blocks:
         return f"no PoolFormer (its first key is {next(iter(state))})"
-    for variant, spec in VARIANTS.items():
-        found = [(blocks[stage], widths.get(stage)) for stage in range(4)]
-        if found == list(zip(spec.blocks, spec.widths, strict=True)) and variant != model.variant:
-            return f"{variant}, and the model is {model.variant}"
+    found = [(blocks[stage], widths.get(stage)) for stage in range(4)]
+    fits = [variant for variant, spec in VARIANTS.items() if found == list(zip(spec.blocks, spec.widths, strict=True))]
+    if fits and model.variant not in fits:
+        return f"{fits[0]}, and the model is {model.variant}"
 
     has_head = any(key.startswith("decode_head.") for key in state)
     if isinstance(model, SemanticFPN) and not has_head:
