@@ -13,9 +13,10 @@ from torch._dynamo.testing import CompileCounter
 from pipeline.errors import UserError
 from pipeline.metrics import count_parameters
 from pipeline.models import VARIANTS, create_classifier, create_segmenter
-from pipeline.train.compilation import compile_blocks
-from pipeline.train.counted_noise import CountedNoise
+from pipeline.train.adapt import adapt
+from pipeline.world import World
 
+WORLD = World(0, 1, 0, torch.device("cpu"), 1)
 PARAMETERS = {  # classifier with 1000 classes, segmenter with 150
     "poolformer_s12": (11_915_176, 15_669_846),
     "poolformer_s24": (21_388_968, 25_143_638),
@@ -206,12 +207,11 @@ def test_blocks_compile_without_a_break_and_share_their_code(variant: str, monke
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    model = create_classifier(variant, 10).train()
-    noise = CountedNoise(model, 0)
-    compile_blocks(model)
+    model = create_classifier(variant, 10)
+    _, dropout = adapt(model, WORLD, seed=0, activation_checkpointing=False, compiles=True)
     for step in range(3):
-        noise.draw(step, 0, 2, torch.device("cpu"))
-        noise.select(0, 2)
+        dropout.draw(step, 0, 2, WORLD.device)
+        dropout.select(0, 2)
         model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert counter.frame_count == 5  # one for each stage, and one for the first block, which has no drop path
 
