@@ -5,14 +5,15 @@ from functools import partial
 
 import pytest
 import torch
-from timm.layers import DropPath
-from timm.models.metaformer import MetaFormerBlock
+from timm.layers import DropPath, GroupNorm1, LayerNorm2d
+from timm.models.metaformer import Attention, MetaFormerBlock, Pooling, Scale, SepConv, StarReLU
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from pipeline.errors import UserError
 from pipeline.metrics import count_parameters
 from pipeline.models import VARIANTS, create_classifier, create_segmenter
+from pipeline.models.block import PoolFormerBlock
 from pipeline.train.adapt import adapt
 from pipeline.world import World
 
@@ -236,3 +237,57 @@ def test_fused_inference_is_as_near_to_float64_as_timms_forward(size: tuple[int,
     exact = model.double()(images.double()).detach()
     assert not torch.equal(fused, plain)
     assert (fused - exact).abs().max() < 1.5 * (plain - exact).abs().max()
+
+
+class WithBias(GroupNorm1):
+    """A norm that only looks like the paper's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("token_mixer", nn.Identity()),
+        ("token_mixer", SepConv(64)),
+        ("token_mixer", Pooling(5)),
+        ("norm1", LayerNorm2d(64)),
+        ("norm1", nn.GroupNorm(2, 64)),
+        ("norm2", nn.BatchNorm2d(64)),
+        ("norm2", GroupNorm1(64, eps=1e-2)),
+        ("norm2", WithBias(64)),
+        ("mlp.act", nn.ReLU()),
+        ("mlp.act", StarReLU()),
+        ("mlp.act", nn.GELU("tanh")),
+        ("mlp.norm", LayerNorm2d(256)),
+        ("mlp.fc2", nn.Conv2d(256, 64, 1, bias=False)),
+        ("layer_scale1", nn.Identity()),
+        ("res_scale2", Scale(64, 0.5)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_block_of_other_parts_runs_timms_forward(name: str, layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    block = PoolFormerBlock(
+        64, token_mixer=Pooling, mlp_act=nn.GELU, mlp_bias=True, norm_layer=GroupNorm1, layer_scale_init_value=0.5
+    ).eval()
+    x = torch.randn(2, 64, 8, 10)
+
+    @torch.inference_mode()
+    @torch.autocast("cpu", torch.bfloat16)
+    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+        return block(x), MetaFormerBlock.forward(block, x)
+
+    ours, timms = outputs()
+    assert not torch.equal(ours, timms), "fused"
+    block.set_submodule(name, layer.eval())
+    ours, timms = outputs()
+    assert torch.equal(ours, timms)
+
+
+def test_a_block_of_attention_is_timms() -> None:
+    block = PoolFormerBlock(64, token_mixer=Attention, mlp_act=nn.GELU, norm_layer=nn.LayerNorm, use_nchw=False).eval()
+    x = torch.randn(2, 80, 64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x), MetaFormerBlock.forward(block, x))
