@@ -1,8 +1,9 @@
 """Segmentation loaders: mmsegmentation's pipeline for ADE20K, inside FFCV's loader.
 
 FFCV runs ahead in a thread of its own and hands each batch to one operation, which spreads the
-samples over worker threads (OpenCV releases the GIL). Random numbers are stateless (data/random.py):
-neither the number of workers or ranks nor the iteration that a run starts from changes a pixel.
+samples over worker threads (OpenCV leaves Python's lock). Every random draw is a function of (seed,
+epoch, sample) through Philox: neither the number of workers or ranks nor the iteration that a run
+starts from changes a pixel.
 """
 
 from __future__ import annotations
