@@ -152,19 +152,16 @@ def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) 
     """The training loop's own step, and inference as the evaluation does it."""
     from timm.optim import param_groups_weight_decay
 
-    from pipeline.train.compilation import compile_blocks
-    from pipeline.train.counted_noise import CountedNoise
+    from pipeline.train.adapt import adapt
     from pipeline.train.loop import _step
 
     world, batch = ranks.alone(), len(images)
     ranks.keep_freed_memory()
     images = images.contiguous(memory_format=torch.channels_last)
-    model = create_classifier(variant, NUM_CLASSES).to(world.device).to(memory_format=torch.channels_last)
+    model = create_classifier(variant, NUM_CLASSES)
+    _, dropout = adapt(model, world, seed=0, activation_checkpointing=False, compiles=rival == COMPILED)
     evaluated = create_classifier(variant, NUM_CLASSES).to(world.device).to(memory_format=torch.channels_last).eval()
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), 1e-3, fused=True)
-    noise = CountedNoise(model, 0)
-    if rival == COMPILED:
-        compile_blocks(model)
 
     class Synthetic:
         precision = "auto"
@@ -176,15 +173,15 @@ def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) 
 
     def forward_and_backward() -> None:
         model.zero_grad(set_to_none=True)
-        noise.draw(0, 0, batch, world.device)
-        noise.select(0, batch)
+        dropout.draw(0, 0, batch, world.device)
+        dropout.select(0, batch)
         with ranks.autocast(world.device, "auto"):
             loss = task.loss(model, images, labels)
         loss.backward()
 
     def step() -> None:
-        noise.draw(0, 0, batch, world.device)
-        _step(task, model, optimizer, (images, labels), noise, world, Split(batch, batch, True))
+        dropout.draw(0, 0, batch, world.device)
+        _step(task, model, optimizer, (images, labels), dropout, world, Split(batch, batch, True))
 
     @torch.inference_mode()
     def inference() -> None:

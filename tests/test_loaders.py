@@ -21,13 +21,12 @@ from pipeline.data.beton import open_beton
 from pipeline.data.convert import convert_image_folder
 from pipeline.data.draws import (
     PAPER_AUGMENTATION,
-    Purpose,
     choose_operation,
     quasi_random_order,
     train_plans,
-    uniforms,
 )
 from pipeline.data.loaders import Batch, BatchLoader, TrainAugmentation, epoch_order, eval_loader, train_loader
+from pipeline.data.random import CLASSIFIER_AUGMENTATION, uniforms
 from pipeline.errors import UserError
 
 IMAGE_SIZE = 48
@@ -116,7 +115,7 @@ def test_training_images_are_those_of_pillow_and_timm(beton: Path, originals: li
             heights=sizes[:, 1],
             image_size=IMAGE_SIZE,
         )
-        words = uniforms(5, Purpose.AUGMENT, epoch, ids, 9)[:, 24:]
+        words = uniforms(CLASSIFIER_AUGMENTATION, 5, blocks=9, epoch=epoch, sample=ids)[:, 24:]
         images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
         for image, sample_id, plan, row in zip(images, ids, plans, words, strict=True):
             np.testing.assert_array_equal(image, with_pillow_and_timm(originals[sample_id], plan, row))

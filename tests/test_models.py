@@ -5,17 +5,19 @@ from functools import partial
 
 import pytest
 import torch
-from timm.layers import DropPath
-from timm.models.metaformer import MetaFormerBlock
+from timm.layers import DropPath, GroupNorm1, LayerNorm2d
+from timm.models.metaformer import Attention, MetaFormerBlock, Pooling, Scale, SepConv, StarReLU
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from pipeline.errors import UserError
 from pipeline.metrics import count_parameters
 from pipeline.models import VARIANTS, create_classifier, create_segmenter
-from pipeline.train.compilation import compile_blocks
-from pipeline.train.counted_noise import CountedNoise
+from pipeline.models.block import PoolFormerBlock
+from pipeline.train.adapt import adapt
+from pipeline.world import World
 
+WORLD = World(0, 1, 0, torch.device("cpu"), 1)
 PARAMETERS = {  # classifier with 1000 classes, segmenter with 150
     "poolformer_s12": (11_915_176, 15_669_846),
     "poolformer_s24": (21_388_968, 25_143_638),
@@ -206,12 +208,11 @@ def test_blocks_compile_without_a_break_and_share_their_code(variant: str, monke
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    model = create_classifier(variant, 10).train()
-    noise = CountedNoise(model, 0)
-    compile_blocks(model)
+    model = create_classifier(variant, 10)
+    _, dropout = adapt(model, WORLD, seed=0, activation_checkpointing=False, compiles=True)
     for step in range(3):
-        noise.draw(step, 0, 2, torch.device("cpu"))
-        noise.select(0, 2)
+        dropout.draw(step, 0, 2, WORLD.device)
+        dropout.select(0, 2)
         model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert counter.frame_count == 5  # one for each stage, and one for the first block, which has no drop path
 
@@ -236,3 +237,57 @@ def test_fused_inference_is_as_near_to_float64_as_timms_forward(size: tuple[int,
     exact = model.double()(images.double()).detach()
     assert not torch.equal(fused, plain)
     assert (fused - exact).abs().max() < 1.5 * (plain - exact).abs().max()
+
+
+class WithBias(GroupNorm1):
+    """A norm that only looks like the paper's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("token_mixer", nn.Identity()),
+        ("token_mixer", SepConv(64)),
+        ("token_mixer", Pooling(5)),
+        ("norm1", LayerNorm2d(64)),
+        ("norm1", nn.GroupNorm(2, 64)),
+        ("norm2", nn.BatchNorm2d(64)),
+        ("norm2", GroupNorm1(64, eps=1e-2)),
+        ("norm2", WithBias(64)),
+        ("mlp.act", nn.ReLU()),
+        ("mlp.act", StarReLU()),
+        ("mlp.act", nn.GELU("tanh")),
+        ("mlp.norm", LayerNorm2d(256)),
+        ("mlp.fc2", nn.Conv2d(256, 64, 1, bias=False)),
+        ("layer_scale1", nn.Identity()),
+        ("res_scale2", Scale(64, 0.5)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_block_of_other_parts_runs_timms_forward(name: str, layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    block = PoolFormerBlock(
+        64, token_mixer=Pooling, mlp_act=nn.GELU, mlp_bias=True, norm_layer=GroupNorm1, layer_scale_init_value=0.5
+    ).eval()
+    x = torch.randn(2, 64, 8, 10)
+
+    @torch.inference_mode()
+    @torch.autocast("cpu", torch.bfloat16)
+    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+        return block(x), MetaFormerBlock.forward(block, x)
+
+    ours, timms = outputs()
+    assert not torch.equal(ours, timms), "fused"
+    block.set_submodule(name, layer.eval())
+    ours, timms = outputs()
+    assert torch.equal(ours, timms)
+
+
+def test_a_block_of_attention_is_timms() -> None:
+    block = PoolFormerBlock(64, token_mixer=Attention, mlp_act=nn.GELU, norm_layer=nn.LayerNorm, use_nchw=False).eval()
+    x = torch.randn(2, 80, 64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x), MetaFormerBlock.forward(block, x))

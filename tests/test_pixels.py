@@ -23,14 +23,13 @@ from pipeline.data import pixels
 from pipeline.data.draws import (
     LAYERS,
     PAPER_AUGMENTATION,
-    Purpose,
     TrainAugmentation,
     choose_operation,
     eval_plans,
     operation_value,
     train_plans,
-    uniforms,
 )
+from pipeline.data.random import CLASSIFIER_AUGMENTATION, uniforms
 from pipeline.errors import UserError
 
 FILTERS: dict[pixels.Interpolation, Image.Resampling] = {
@@ -252,22 +251,6 @@ def test_philox_gives_numpys_numbers() -> None:
         np.testing.assert_array_equal(row, generator.random_raw(12))
 
 
-def test_draws_belong_to_seed_purpose_epoch_and_sample() -> None:
-    samples = np.arange(50)
-    draws = uniforms(3, Purpose.AUGMENT, 7, samples, 2)
-    assert draws.shape == (50, 8)
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    np.testing.assert_array_equal(uniforms(3, Purpose.AUGMENT, 7, samples[[41, 5]], 2), draws[[41, 5]])
-    others = [
-        uniforms(4, Purpose.AUGMENT, 7, samples, 2),
-        uniforms(3, Purpose.ORDER, 7, samples, 2),
-        uniforms(3, Purpose.AUGMENT, 8, samples, 2),
-        uniforms(3, Purpose.AUGMENT, 7, samples + 50, 2),
-    ]
-    assert not any(np.isin(other, draws).any() for other in others)
-
-
 def plans_of(
     width: int, height: int, count: int = 20_000, augmentation: TrainAugmentation = PAPER_AUGMENTATION
 ) -> np.ndarray:
@@ -297,7 +280,7 @@ def test_the_other_draws_have_the_recipes_frequencies() -> None:
     assert abs((kinds > 0).mean() - 0.5) < 0.01
     counts = np.bincount(kinds[kinds > 0], minlength=12)[1:] / (kinds > 0).sum()
     np.testing.assert_allclose(counts, [1 / 15] * 10 + [5 / 15], atol=0.01)  # the last are affine
-    words = uniforms(0, Purpose.AUGMENT, 0, np.arange(20_000), 9)[:, 24:30]
+    words = uniforms(CLASSIFIER_AUGMENTATION, 0, blocks=9, epoch=0, sample=np.arange(20_000))[:, 24:30]
     chosen = [choose_operation(PAPER_AUGMENTATION, row) for row in words]
     shears = np.array([value / 0.03 for name, value, _ in chosen if name in ("ShearX", "ShearY")])
     assert abs(np.abs(shears).mean() - 8.99) < 0.05  # a little below 9: 10 is the most

@@ -6,7 +6,7 @@ from rank_pool import RunOnRanks
 from torch import Tensor, nn
 
 from pipeline import world as ranks
-from pipeline.train.sync_batch_norm import synchronise_batch_norms
+from pipeline.train.adapt import synchronise_batch_norms
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""The engine: schedules against timm's, accumulation, resume to the bit, damaged checkpoints, counted draws."""
+"""The engine: schedules against timm's, accumulation, resume to the bit, damaged checkpoints, stateless masks."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.models import create_classifier
 from pipeline.tasks.device_batch import Mixing, erase, mix, normalise
 from pipeline.train import checkpoint, history
-from pipeline.train.counted_noise import CountedNoise
+from pipeline.train.adapt import StatelessDropout
 from pipeline.train.loop import train
 from pipeline.train.schedule import cosine_by_epoch, polynomial
 from pipeline.train.task import Step, Validation
@@ -140,19 +140,20 @@ def test_looking_at_the_accuracy_changes_nothing_and_each_look_is_there_once(tmp
         assert looks == first
 
 
-class BlockTask(ToyTask):
-    """A real block with drop path in the middle."""
+class StageTask(ToyTask):
+    """A real stage in the middle, of one block with drop path."""
 
     def __init__(self) -> None:
         super().__init__()
-        block = create_classifier("poolformer_s12", 8, 0.3).stages[0].blocks[1]
-        self.model = nn.Sequential(nn.Conv2d(3, 64, 3), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8))
+        stage = create_classifier("poolformer_s12", 8, 0.3).stages[0]
+        stage.blocks = stage.blocks[1:]  # the first one has no drop path
+        self.model = nn.Sequential(nn.Conv2d(3, 64, 3), stage, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8))
 
 
 @pytest.mark.slow
 def test_compiled_training_differs_by_rounding_alone_and_resumes_exactly(tmp_path: Path) -> None:
-    eager = run(BlockTask(), tmp_path / "eager", stop_after=15)
-    task = BlockTask()
+    eager = run(StageTask(), tmp_path / "eager", stop_after=15)
+    task = StageTask()
     compiled = run(task, tmp_path / "compiled", stop_after=15, validation=LOOKS, compiles=True)
     assert compiled.keys() == eager.keys()
     for key, value in eager.items():
@@ -161,9 +162,19 @@ def test_compiled_training_differs_by_rounding_alone_and_resumes_exactly(tmp_pat
     assert len(history.read(tmp_path / "compiled/validation.jsonl")) == 1
     for steps, checkpointing in ((7, False), (8, True)):
         resumed = run(
-            BlockTask(), tmp_path / "resumed", stop_after=steps, compiles=True, activation_checkpointing=checkpointing
+            StageTask(), tmp_path / "resumed", stop_after=steps, compiles=True, activation_checkpointing=checkpointing
         )
     assert all(torch.equal(compiled[key], value) for key, value in resumed.items())
+
+
+@pytest.mark.parametrize(("activation_checkpointing", "times"), [(False, 1), (True, 2)])
+def test_activation_checkpointing_computes_each_block_once_more(
+    tmp_path: Path, activation_checkpointing: bool, times: int
+) -> None:
+    task, calls = StageTask(), []
+    task.model[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    run(task, tmp_path, stop_after=3, activation_checkpointing=activation_checkpointing)
+    assert len(calls) == 3 * times
 
 
 def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
@@ -289,14 +300,14 @@ def test_a_half_written_checkpoint_is_none_and_goes_at_the_next_start(tmp_path: 
     assert not unfinished.exists()
 
 
-def test_counted_masks_do_not_depend_on_ranks() -> None:
+def test_masks_do_not_depend_on_ranks() -> None:
     def masks(first_row: int, rows: int, step: int = 3) -> Tensor:
         head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(3, 5, 1))
-        noise = CountedNoise(nn.Sequential(DropPath(0.5), DropPath(0.2), head), seed=7)
-        noise.draw(step, first_row, rows, torch.device("cpu"))
-        noise.select(0, rows)
-        assert [layer.mask.shape[1:] for layer in noise.layers] == [(1, 1, 1), (1, 1, 1), (3, 1, 1)]
-        return torch.cat([layer.mask.flatten(1).T for layer in noise.layers])
+        dropout = StatelessDropout(nn.Sequential(DropPath(0.5), DropPath(0.2), head), seed=7)
+        dropout.draw(step, first_row, rows, torch.device("cpu"))
+        dropout.select(0, rows)
+        assert [layer.mask.shape[1:] for layer in dropout.layers] == [(1, 1, 1), (1, 1, 1), (3, 1, 1)]
+        return torch.cat([layer.mask.flatten(1).T for layer in dropout.layers])
 
     whole = masks(0, 64)
     for cut in (16, 21):
@@ -308,9 +319,9 @@ def test_counted_masks_do_not_depend_on_ranks() -> None:
 
 def test_drop_path_rate_is_what_it_says() -> None:
     model = nn.Sequential(DropPath(0.3))
-    noise = CountedNoise(model, seed=0)
-    noise.draw(0, 0, 20_000, torch.device("cpu"))
-    assert (noise.masks == 0).float().mean() == pytest.approx(0.3, abs=0.02)
+    dropout = StatelessDropout(model, seed=0)
+    dropout.draw(0, 0, 20_000, torch.device("cpu"))
+    assert (dropout.masks == 0).float().mean() == pytest.approx(0.3, abs=0.02)
     model.eval()
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(model(x), x)

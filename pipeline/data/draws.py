@@ -1,8 +1,7 @@
-"""Random numbers that are counted, not streamed, and what the training recipe makes of them.
+"""What the classifiers' recipe makes of random numbers: an epoch's order, crops, flips and RandAugment operations.
 
-Every draw is a function of (seed, purpose, epoch, sample) through Philox4x64-10, so neither the
-number of workers or ranks nor a resume changes one. The distributions are those of torchvision's
-RandomResizedCrop and of timm 1.0.31's RandAugment (timm/data/auto_augment.py).
+The distributions are those of torchvision's RandomResizedCrop and of timm 1.0.31's RandAugment
+(timm/data/auto_augment.py).
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.pixels import OPERATIONS, PLAN, Interpolation, operation, philox
+from pipeline.data.pixels import OPERATIONS, PLAN, Interpolation, operation
+from pipeline.data.random import CLASSIFIER_AUGMENTATION, CLASSIFIER_ORDER, Floats, Ints, generator, uniforms
 from pipeline.errors import UserError
 
 CROP_TRIES = 10  # torchvision's
@@ -30,16 +29,6 @@ _PLACE = 2 * CROP_TRIES
 _LAYER = _PLACE + 4
 _WORDS_PER_LAYER = 6
 _BLOCKS = (_LAYER + LAYERS * _WORDS_PER_LAYER) // 4
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
-
-class Purpose(IntEnum):
-    """What a draw is for; the second half of the generator's key."""
-
-    ORDER = 0
-    AUGMENT = 1
 
 
 @dataclass(frozen=True)
@@ -71,18 +60,9 @@ class TrainAugmentation:
 PAPER_AUGMENTATION = TrainAugmentation()
 
 
-def uniforms(seed: int, purpose: Purpose, epoch: int, sample_ids: Ints, blocks: int) -> Floats:
-    """`(B, 4 * blocks)` numbers in [0, 1), a function of the arguments row by row."""
-    counters = np.zeros((len(sample_ids), 4), np.uint64)
-    counters[:, 1] = sample_ids
-    counters[:, 2] = epoch
-    words = philox((seed, purpose), counters, blocks) >> np.uint64(11)
-    return words.astype(np.float64) * 2.0**-53
-
-
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Ints:
     """The permutation of `range(num_samples)` in which an epoch visits the samples."""
-    return _order_generator(seed, epoch).permutation(num_samples)
+    return generator(CLASSIFIER_ORDER, seed, epoch=epoch).permutation(num_samples)
 
 
 def quasi_random_order(pages: npt.NDArray[np.integer], seed: int, epoch: int) -> Ints:
@@ -91,15 +71,11 @@ def quasi_random_order(pages: npt.NDArray[np.integer], seed: int, epoch: int) ->
     `pages` is the page of the file that each sample lies in. The pages are shuffled, and then the
     samples within every `QUASI_RANDOM_PAGES` of them: 1 GB of reading with FFCV's 8 MB pages.
     """
-    generator = _order_generator(seed, epoch)
+    random = generator(CLASSIFIER_ORDER, seed, epoch=epoch)
     _, page = np.unique(pages, return_inverse=True)
-    rank_of_page = generator.permutation(page.max() + 1)
+    rank_of_page = random.permutation(page.max() + 1)
     region = rank_of_page[page] // QUASI_RANDOM_PAGES
-    return np.lexsort((generator.random(len(pages)), region))
-
-
-def _order_generator(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, Purpose.ORDER], counter=[0, 0, epoch, 0]))
+    return np.lexsort((random.random(len(pages)), region))
 
 
 def train_plans(
@@ -113,7 +89,7 @@ def train_plans(
     image_size: int,
 ) -> npt.NDArray[np.void]:
     """What becomes of each sample in an epoch, as `PLAN` records."""
-    draws = uniforms(seed, Purpose.AUGMENT, epoch, sample_ids, _BLOCKS)
+    draws = uniforms(CLASSIFIER_AUGMENTATION, seed, blocks=_BLOCKS, epoch=epoch, sample=sample_ids)
     plans = np.zeros(len(sample_ids), PLAN)
     plans["box"] = _crops(augmentation, draws, widths, heights)
     plans["resized"] = image_size

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.data.digits import JPEG_QUALITY, Digits, load_digits
 from pipeline.data.folders import build_folder
+from pipeline.data.random import TRAINING_SCENE, VALIDATION_SCENE, generator
 
 CLASSES = ("background", *(f"digit {digit}" for digit in range(10)))
 OTHER, BACKGROUND, DIGIT_ZERO = 0, 1, 2
@@ -60,9 +61,9 @@ def draw_scene(
     digits: Digits, split: str, index: int, image_size_px: int, seed: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """One scene: RGB uint8 `(S, S, 3)` and its labels uint8 `(S, S)`, 0 to 11."""
-    held_out = SPLITS.index(split)
-    random = np.random.Generator(np.random.Philox(key=[seed, held_out], counter=[0, 0, index, 0]))
-    candidates = np.flatnonzero(digits.held_out == bool(held_out))
+    held_out = bool(SPLITS.index(split))
+    random = generator(VALIDATION_SCENE if held_out else TRAINING_SCENE, seed, scene=index)
+    candidates = np.flatnonzero(digits.held_out == held_out)
     scene = _background(random, image_size_px)
     mask = np.full((image_size_px, image_size_px), BACKGROUND, np.uint8)
     for cell in random.permutation(CELLS**2)[: random.integers(2, CELLS**2 + 1)]:

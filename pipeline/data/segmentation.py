@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.data.beton import IMAGE_MODES, open_beton
 from pipeline.data.ffcv_loader import InOrderLoader, Ints
+from pipeline.data.random import SEGMENTER_AUGMENTATION, SEGMENTER_ORDER, generator
 from pipeline.data.segmentation_pixels import (
     Pixels,
     SegmentationAugmentation,
@@ -40,8 +41,6 @@ __all__ = [
 ]
 
 IGNORED_LABEL = 255
-# What a draw is for: the second half of Philox's key.
-ORDER_DRAWS, AUGMENTATION_DRAWS = 1, 2
 
 Batch = TypeVar("Batch")
 
@@ -125,10 +124,10 @@ def segmentation_train_loader(
 
     @lru_cache(maxsize=2)  # a batch may span two epochs
     def epoch_order(epoch: int) -> Ints:
-        return _random(seed, ORDER_DRAWS, epoch, 0).permutation(len(samples))
+        return generator(SEGMENTER_ORDER, seed, epoch=epoch).permutation(len(samples))
 
     def crop(epoch: int, sample_id: int) -> tuple[Pixels, Pixels]:
-        random = _random(seed, AUGMENTATION_DRAWS, epoch, sample_id)
+        random = generator(SEGMENTER_AUGMENTATION, seed, epoch=epoch, sample=sample_id)
         return augment(*samples.read(sample_id), random, how)
 
     def make_batches(positions: Ints) -> list[SegmentationBatch]:
@@ -216,11 +215,6 @@ class _Samples:
                 f"{self.reader.file_name}: sample {sample_id} cannot be decoded: delete the file and convert again"
             )
         return image, mask.reshape(image.shape[:2])
-
-
-def _random(seed: int, purpose: int, epoch: int, sample_id: int) -> np.random.Generator:
-    """Draws counted by (epoch, sample); the counter's low half is the generator's to advance."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, sample_id, epoch]))
 
 
 def _rgb_planes(bgr: Pixels) -> Tensor:

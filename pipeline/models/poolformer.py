@@ -6,25 +6,11 @@ names are timm's here; head and initialisation are the official code's (models/p
 """
 
 from timm.layers import GroupNorm1
-from timm.models.metaformer import MetaFormerBlock, MetaFormerStage, Pooling, Stem
+from timm.models.metaformer import MetaFormerStage, Pooling, Stem
 from torch import Tensor, nn
 
 from pipeline.models.block import PoolFormerBlock
 from pipeline.variants import find_variant
-
-
-class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution computed as a matrix product over the channels_last pixels.
-
-    The same parameters and values; on CPUs up to 2.5 times faster, as the convolution kernels' gradients
-    are slow where few pixels meet many channels (benchmarks/).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        pixels = x.permute(0, 2, 3, 1)
-        # By way of channels_last, so that the gradient has the strides of the weight: DDP copies any other.
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return nn.functional.linear(pixels, weight, self.bias).permute(0, 3, 1, 2)
 
 
 class PoolFormer(nn.Module):
@@ -39,31 +25,18 @@ class PoolFormer(nn.Module):
         self.variant = variant
         spec = find_variant(variant)
         self.stem = Stem(3, spec.widths[0])
-        stages = []
-        for stage, (depth, width) in enumerate(zip(spec.blocks, spec.widths, strict=True)):
-            first = sum(spec.blocks[:stage])
-            stages.append(
-                MetaFormerStage(
-                    in_chs=spec.widths[max(stage - 1, 0)],
-                    out_chs=width,
-                    depth=depth,
-                    token_mixer=Pooling,
-                    mlp_act=nn.GELU,
-                    mlp_bias=True,
-                    downsample_norm=None,
-                    norm_layer=GroupNorm1,
-                    dp_rates=[drop_path_rate * block / (sum(spec.blocks) - 1) for block in range(first, first + depth)],
-                    layer_scale_init_value=spec.layer_scale_init,
-                )
-            )
+        depth = sum(spec.blocks)
+        rates = [drop_path_rate * block / (depth - 1) for block in range(depth)]
+        in_channels, stages = spec.widths[0], []
+        for blocks, width in zip(spec.blocks, spec.widths, strict=True):
+            stages.append(_stage(in_channels, width, rates[:blocks], spec.layer_scale_init))
+            in_channels, rates = width, rates[blocks:]
         self.stages = nn.Sequential(*stages)
-        for name, module in self.stages.named_modules():
-            if isinstance(module, MetaFormerBlock):
-                module.__class__ = PoolFormerBlock
-            # The patch embeddings (`stem.conv`, `downsample.conv`) keep PyTorch's default.
-            if name.endswith(("mlp.fc1", "mlp.fc2")):
-                init_truncated_normal(module)
-                module.__class__ = PointwiseConv2d
+        # The patch embeddings (`stem.conv`, `downsample.conv`) keep PyTorch's default.
+        for module in self.stages.modules():
+            if isinstance(module, PoolFormerBlock):
+                init_truncated_normal(module.mlp.fc1)
+                init_truncated_normal(module.mlp.fc2)
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Images `(B, 3, H, W)` to the four stages' outputs, at strides 4, 8, 16 and 32."""
@@ -107,6 +80,25 @@ def create_classifier(
     if drop_path_rate is None:
         drop_path_rate = find_variant(variant).drop_path_rate
     return PoolFormerClassifier(variant, num_classes, drop_path_rate)
+
+
+def _stage(in_channels: int, width: int, drop_path_rates: list[float], layer_scale_init: float) -> MetaFormerStage:
+    """timm's stage. It would make blocks of timm's class, so it makes none and gets ours."""
+    stage = MetaFormerStage(in_channels, width, depth=0, token_mixer=Pooling, downsample_norm=None)
+    blocks = [
+        PoolFormerBlock(
+            width,
+            token_mixer=Pooling,
+            mlp_act=nn.GELU,
+            mlp_bias=True,
+            norm_layer=GroupNorm1,
+            drop_path=rate,
+            layer_scale_init_value=layer_scale_init,
+        )
+        for rate in drop_path_rates
+    ]
+    stage.blocks = nn.Sequential(*blocks)
+    return stage
 
 
 def init_truncated_normal(layer: nn.Module) -> None:

@@ -15,9 +15,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
+from pipeline.data.random import ERASING, MIXING, derived_seed
+
 IGNORED_LABEL = 255
 """Pixels of this label count nowhere: ADE20K's "other", and padding."""
-MIXING, ERASING = 0x6D6978, 0x657261  # "mix", "era": purposes of draws
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -81,7 +82,7 @@ def mix(
     targets = []
     for index, start in enumerate(range(0, len(images), group_size)):
         # timm draws from numpy's global stream; a generator of the same kind gives the same numbers to this call alone.
-        random = np.random.RandomState(_counted([seed, MIXING, step, first_group + index]))
+        random = np.random.RandomState(derived_seed(MIXING, seed, step=step, group=first_group + index))
         group = slice(start, start + group_size)
         own_share = _mix_group(mixed[group], mixing, random)
         targets.append(mixup_target(labels[group], mixing.num_classes, own_share, mixing.label_smoothing))
@@ -116,7 +117,7 @@ def erase(images: Tensor, sample_ids: Tensor, probability: float, seed: int, epo
     noise = torch.Generator(images.device)
     height, width = images.shape[-2:]
     for image, sample in zip(images, sample_ids.tolist(), strict=True):
-        number = _counted([seed, ERASING, epoch, sample])
+        number = derived_seed(ERASING, seed, epoch=epoch, sample=sample)
         draws = Random(number)
         if draws.random() > probability:
             continue
@@ -132,10 +133,6 @@ def erase(images: Tensor, sample_ids: Tensor, probability: float, seed: int, epo
                 )
                 break
     return images
-
-
-def _counted(words: list[int]) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

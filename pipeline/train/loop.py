@@ -9,16 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import world as ranks
 from pipeline.cluster import Split
 from pipeline.train import checkpoint, history, out_of_memory
-from pipeline.train.activation_checkpointing import checkpoint_activations
-from pipeline.train.compilation import compile_blocks
-from pipeline.train.counted_noise import CountedNoise
+from pipeline.train.adapt import StatelessDropout, adapt
 from pipeline.train.progress import Interval
-from pipeline.train.sync_batch_norm import synchronise_batch_norms
 from pipeline.train.task import Task, Validation
 
 log = logging.getLogger(__name__)
@@ -49,7 +45,10 @@ def train(
     """
     checkpoints, record_file = run_folder / "checkpoints", run_folder / "history.jsonl"
     validation_file = run_folder / "validation.jsonl"
-    model = task.model.to(world.device).to(memory_format=torch.channels_last)
+    model = task.model
+    replica, dropout = adapt(
+        model, world, seed=seed, activation_checkpointing=activation_checkpointing, compiles=compiles
+    )
     optimizer = task.optimizer()
     first_step, seconds_before, interval = 0, 0.0, Interval(world)
     if (state := checkpoint.load_newest(checkpoints)) is not None:
@@ -64,13 +63,6 @@ def train(
         checkpoint.remove_unfinished(checkpoints)
         history.cut_back(record_file, first_step)
         history.cut_back(validation_file, first_step - 1)  # what is due at first_step itself comes again
-    noise = CountedNoise(model, seed)
-    if compiles:
-        compile_blocks(model)
-    if activation_checkpointing:
-        checkpoint_activations(model)
-    replica = _replicate(model, world)
-    model.train()
 
     started = last_saved = time.monotonic()
     stop_vote = _StopVote(world)
@@ -87,9 +79,9 @@ def train(
             batch = interval.take(steps)
             for group in optimizer.param_groups:
                 group["lr"] = task.learning_rate(step)
-            noise.draw(step, world.rank * layout.per_rank, layout.per_rank, world.device)
+            dropout.draw(step, world.rank * layout.per_rank, layout.per_rank, world.device)
             tensors = task.prepare(batch, step, world.device)
-            interval.add_loss(_step(task, replica, optimizer, tensors, noise, world, layout))
+            interval.add_loss(_step(task, replica, optimizer, tensors, dropout, world, layout))
         step += 1
 
         line_due = step % LOG_INTERVAL_STEPS == 0 or step == task.total_steps or _is_due(validation, step)
@@ -128,27 +120,12 @@ def _agree_on(first_step: int, world: ranks.World) -> None:
         raise RuntimeError(f"the ranks found different checkpoints, of steps {-int(ends[1])} to {int(ends[0])}")
 
 
-def _replicate(model: nn.Module, world: ranks.World) -> nn.Module:
-    if world.size == 1:
-        return model
-    synchronise_batch_norms(model)
-    return DistributedDataParallel(
-        model,
-        [world.device] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        forward_sync_buffers=False,
-        # No parameter is unused, but without this DDP regroups the gradients after its first step. A sum over ranks
-        # rounds by the place in its group, so that the first step after a resume would differ in the last bits.
-        find_unused_parameters=True,
-    )
-
-
 def _step(
     task: Task,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     tensors: tuple[Tensor, ...],
-    noise: CountedNoise,
+    dropout: StatelessDropout,
     world: ranks.World,
     layout: Split,
 ) -> Tensor:
@@ -158,7 +135,7 @@ def _step(
     size = layout.micro_batch_size
     for offset in range(0, layout.per_rank, size):
         micro_batch = tuple(tensor[offset : offset + size] for tensor in tensors)
-        noise.select(offset, size)
+        dropout.select(offset, size)
         last = offset + size == layout.per_rank
         with nullcontext() if last or world.size == 1 else model.no_sync():  # type: ignore[operator]
             with ranks.autocast(world.device, task.precision):
