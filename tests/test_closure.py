@@ -149,7 +149,7 @@ def test_a_changed_constant_or_operator_makes_stale_just_what_reaches_it(
         ("metrics/accuracy.py", "topk", "sort", {"evaluate_classifier", "evaluate_released"}),
         ("metrics/segmentation.py", "bincount", "histc", {"evaluate_segmenter", "evaluate_released"}),
         ("launch/worker.py", "STALE_S = 60", "STALE_S = 61", set()),
-        ("report/formats.py", '"Top-1, %"', '"Accuracy"', {"compare_with_paper"}),
+        ("comparisons/table2.py", '"Top-1, %"', '"Accuracy"', {"compare_with_paper"}),
     ],
 )
 def test_what_is_known_to_matter_does_and_nothing_else(

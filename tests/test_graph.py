@@ -77,7 +77,7 @@ def test_one_target_runs_by_its_name(finished: Checkout) -> None:
     ("file", "old", "new", "stages"),
     [
         ("train/loop.py", "import logging", "import logging  # a comment", set()),
-        ("report/formats.py", '"Top-1, %"', '"Accuracy, %"', {"compare_with_paper"}),
+        ("comparisons/table2.py", '"Top-1, %"', '"Accuracy, %"', {"compare_with_paper"}),
         (
             "config.py",
             "return self.learning_rate_per_1024 * self.global_batch_size / 1024",
