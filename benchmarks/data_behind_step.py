@@ -18,9 +18,9 @@ import pandas as pd
 
 from benchmarks.machine import machine_row
 from benchmarks.photos import write_photos
+from pipeline import device as ranks
 from pipeline import experiments
-from pipeline import world as ranks
-from pipeline.cluster import Split, load_profile
+from pipeline.cluster import BatchSplit, load_profile
 from pipeline.config import load_params
 from pipeline.data.convert import convert_image_folder
 from pipeline.paths import DEFAULT_CLUSTER
@@ -75,7 +75,7 @@ def measure(batch: int, image_px: int, steps: int, repeats: int) -> dict[str, ob
                 task = kind(VARIANT, recipe.model_copy(update=changes), NUM_CLASSES, scratch / "photos.beton", 0, world)
                 run = scratch / f"{kind.__name__}-{turn}"
                 run.mkdir()
-                layout = Split(batch, batch, True)
+                layout = BatchSplit(batch, batch, True)
                 train(
                     task, world, run, layout, seed=0, activation_checkpointing=False, checkpoint_interval_s=float("inf")
                 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline import experiments
 from pipeline.config import Params, load_params
 from pipeline.data.convert import convert_image_folder
-from pipeline.data.digits import write_digits
+from pipeline.data.demo import write_digits
 
 
 def prepare_digits(scratch: Path) -> Params:

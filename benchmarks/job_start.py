@@ -69,7 +69,7 @@ def measure(variants: list[str], repeats: int) -> list[dict[str, object]]:
 def _job(run: Path) -> None:
     """As `pipeline.launch.worker` starts one."""
     os.environ["OMP_WAIT_POLICY"], os.environ["NUMBA_DISABLE_JIT"] = "PASSIVE", "1"
-    from pipeline import world as ranks
+    from pipeline import device as ranks
     from pipeline.cluster import load_profile
     from pipeline.paths import DEFAULT_CLUSTER
     from pipeline.tasks.classification.training import train

@@ -16,7 +16,7 @@ import pandas as pd
 
 from benchmarks.digits import prepare_digits
 from benchmarks.machine import machine_row
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.cluster import load_profile
 from pipeline.errors import UserError
 from pipeline.paths import DEFAULT_CLUSTER

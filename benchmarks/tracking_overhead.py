@@ -107,7 +107,7 @@ def _train(folder: Path, steps: int, *, tracked: bool) -> dict[str, float]:
     """The loop itself, its start not counted: CPU and wall seconds."""
     import torch
 
-    from pipeline import world as ranks
+    from pipeline import device as ranks
     from pipeline.cluster import split
     from pipeline.train import history, system
     from pipeline.train.loop import train

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.machine import machine_row, peak_memory_gb
 from benchmarks.plain_poolformer import PlainPoolFormer
-from pipeline import world as ranks
-from pipeline.cluster import Split
+from pipeline import device as ranks
+from pipeline.cluster import BatchSplit
 from pipeline.metrics import count_macs
 from pipeline.models import VARIANTS, create_classifier
 
@@ -181,7 +181,7 @@ def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) 
 
     def step() -> None:
         dropout.draw(0, 0, batch, world.device)
-        _step(task, model, optimizer, (images, labels), dropout, world, Split(batch, batch, True))
+        _step(task, model, optimizer, (images, labels), dropout, world, BatchSplit(batch, batch, True))
 
     @torch.inference_mode()
     def inference() -> None:

@@ -91,7 +91,7 @@ class Profile(Strict):
 
 
 @dataclass(frozen=True)
-class Split:
+class BatchSplit:
     """How one rank processes its share of a global batch."""
 
     per_rank: int
@@ -103,14 +103,16 @@ class Split:
     def accumulation(self) -> int:
         return -(-self.per_rank // self.micro_batch_size)
 
-    def halved(self) -> "Split | None":
+    def halved(self) -> "BatchSplit | None":
         """The same share in micro-batches of at most half the size, if that is possible."""
         if not self.accumulates or self.micro_batch_size == 1:
             return None
-        return Split(self.per_rank, _micro_batch_size(self.per_rank, self.micro_batch_size // 2), True)
+        return BatchSplit(self.per_rank, _micro_batch_size(self.per_rank, self.micro_batch_size // 2), True)
 
 
-def split(global_batch_size: int, world_size: int, max_images_per_device: int, *, accumulates: bool = True) -> Split:
+def split(
+    global_batch_size: int, world_size: int, max_images_per_device: int, *, accumulates: bool = True
+) -> BatchSplit:
     """Spread a recipe's global batch over a profile's ranks; nothing else combines the two.
 
     The micro-batch is the largest divisor of a rank's share that fits on the device, so that all are equal.
@@ -140,7 +142,7 @@ def split(global_batch_size: int, world_size: int, max_images_per_device: int, *
             "accumulated, as batch norm needs the whole batch at once: use a cluster profile of "
             f"{enough} ranks, or max_images_per_device: {share} (activation_checkpointing: true saves memory)"
         )
-    return Split(share, _micro_batch_size(share, max_images_per_device), accumulates)
+    return BatchSplit(share, _micro_batch_size(share, max_images_per_device), accumulates)
 
 
 def _micro_batch_size(share: int, most: int) -> int:

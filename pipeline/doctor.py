@@ -78,12 +78,12 @@ def _decoder() -> Iterator[Finding]:
 def _processor() -> Iterator[Finding]:
     import torch
 
-    from pipeline import world
+    from pipeline import device as ranks
 
     cores = cluster.cores_here()
     cpu = torch.device("cpu")
     yield Finding(
-        "ok", "CPU", f"{cores} cores, bf16 {'in hardware' if world.has_fast_bf16(cpu) else 'not in hardware'}"
+        "ok", "CPU", f"{cores} cores, bf16 {'in hardware' if ranks.has_fast_bf16(cpu) else 'not in hardware'}"
     )
     if not torch.cuda.is_available():
         driver = (

@@ -17,7 +17,7 @@ from rank_pool import rank_pool
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.cluster import split
 from pipeline.config import ClassificationRecipe, SegmentationRecipe
 from pipeline.data import convert_image_folder, convert_segmentation_folder

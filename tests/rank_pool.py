@@ -48,7 +48,7 @@ def on_ranks() -> Iterator[RunOnRanks]:
 def _as_rank(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     from torch.distributed import TCPStore
 
-    from pipeline import world as ranks
+    from pipeline import device as ranks
 
     store = TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     with ranks.join(rank, size, rank % RANKS_A_NODE, 1, store) as world:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.digits import load_digits, write_digits
+from pipeline.data.demo import CLASSES, draw_scene, load_digits, write_digits, write_scenes
 from pipeline.data.folders import class_names, list_image_folder, list_segmentation_folder
-from pipeline.data.scenes import CLASSES, draw_scene, write_scenes
 from pipeline.errors import UserError
 
 

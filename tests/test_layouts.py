@@ -22,7 +22,7 @@ from layout_runs import (
 )
 from rank_pool import RunOnRanks
 
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.tasks.segmentation import training as segmenter_training

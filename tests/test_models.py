@@ -10,12 +10,12 @@ from timm.models.metaformer import Attention, MetaFormerBlock, Pooling, Scale, S
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from pipeline.device import World
 from pipeline.errors import UserError
 from pipeline.metrics import count_parameters
 from pipeline.models import VARIANTS, create_classifier, create_segmenter
 from pipeline.models.block import PoolFormerBlock
 from pipeline.train.adapt import adapt
-from pipeline.world import World
 
 WORLD = World(0, 1, 0, torch.device("cpu"), 1)
 PARAMETERS = {  # classifier with 1000 classes, segmenter with 150

@@ -25,7 +25,7 @@ from conftest import ROOT
 from PIL import Image
 
 from pipeline.data import convert_image_folder, pixels, train_loader
-from pipeline.tasks.device_batch import Mixing, erase, mix, normalise
+from pipeline.tasks.on_device import Mixing, erase, mix, normalise
 
 pytestmark = pytest.mark.slow
 

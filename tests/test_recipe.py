@@ -14,15 +14,15 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
+from pipeline import device as ranks
 from pipeline import paths
-from pipeline import world as ranks
 from pipeline.config import VARIANT_NAMES, load_params
 from pipeline.data import convert_image_folder
 from pipeline.data.convert import convert_segmentation_folder
 from pipeline.experiments import compose
 from pipeline.models import create_classifier
 from pipeline.tasks.classification.training import ClassificationTask
-from pipeline.tasks.device_batch import Mixing, erase, mix, normalise
+from pipeline.tasks.on_device import Mixing, erase, mix, normalise
 from pipeline.tasks.segmentation.training import SegmentationTask
 
 WORLD = ranks.World(0, 1, 0, torch.device("cpu"), 1)

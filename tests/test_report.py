@@ -20,9 +20,8 @@ from rich.console import Console
 from pipeline import paper
 from pipeline.config import VARIANT_NAMES
 from pipeline.report import print_tables, write_reports
-from pipeline.report.background import Background, Provenance
+from pipeline.report.background import Background, Provenance, class_rows, pictures
 from pipeline.report.formats import NOTHING
-from pipeline.report.segmentations import class_rows, pictures
 
 EMPTY = pd.DataFrame()
 REASON = "these images are handwritten digits, not ImageNet-1K and ADE20K"

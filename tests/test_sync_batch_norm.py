@@ -5,7 +5,7 @@ import torch
 from rank_pool import RunOnRanks
 from torch import Tensor, nn
 
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.train.adapt import synchronise_batch_norms
 
 pytestmark = pytest.mark.slow

@@ -11,11 +11,11 @@ from timm.layers import DropPath
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.cluster import split
 from pipeline.errors import UserError
 from pipeline.models import create_classifier
-from pipeline.tasks.device_batch import Mixing, erase, mix, normalise
+from pipeline.tasks.on_device import Mixing, erase, mix, normalise
 from pipeline.train import checkpoint, history
 from pipeline.train.adapt import StatelessDropout
 from pipeline.train.loop import train

@@ -1,7 +1,5 @@
 """Data: folders in ImageNet's and ADE20K's layouts, .beton files, loaders, the demo's images."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -6,8 +6,6 @@ bytes. The layout: header, field descriptors, one metadata row for each sample, 
 allocation table of `(sample, pointer, bytes)`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

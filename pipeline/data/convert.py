@@ -4,8 +4,6 @@ Threads read, check and hash, which releases the GIL; one loop writes in the fol
 the file does not depend on the number of workers, and no worker process can die alone.
 """
 
-from __future__ import annotations
-
 import csv
 import errno
 import os

@@ -4,8 +4,6 @@ The distributions are those of torchvision's RandomResizedCrop and of timm 1.0.3
 (timm/data/auto_augment.py).
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ FFCV reads the file and runs ahead of the consumer in a separate thread. Which s
 before FFCV sees them: it takes the given positions as they come.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from threading import Lock

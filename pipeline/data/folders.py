@@ -3,8 +3,6 @@
 A sample's index, in a .beton and everywhere after it, is its position in these lists.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil

@@ -7,8 +7,6 @@ Images come out as uint8 `(B, 3, H, W)` in channels_last memory, for the device 
 and mix. Each batch owns its memory (FFCV's would be overwritten five batches later).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """The manifest beside a .beton: what each sample is and the SHA-256 of its stored bytes."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 from collections.abc import Iterator

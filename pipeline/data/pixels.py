@@ -4,8 +4,6 @@
 doors to its parts, for the tests and the benchmark. Images are uint8 `(H, W, 3)`, RGB.
 """
 
-from __future__ import annotations
-
 import ctypes
 import io
 import math

@@ -1,7 +1,5 @@
 """The progress bar of the long jobs on images: done of all, images/s, time left."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.progress import (
     BarColumn,

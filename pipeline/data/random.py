@@ -18,8 +18,6 @@ member would make every result stale, one more constant makes none. A new purpos
 oldest ones share 0 and 1 between tasks, whose trainings and data have nothing to do with one another.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TypeVar
 

@@ -6,8 +6,6 @@ epoch, sample) through Philox: neither the number of workers or ranks nor the it
 starts from changes a pixel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache

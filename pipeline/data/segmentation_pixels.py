@@ -5,8 +5,6 @@ are BGR uint8 `(H, W, 3)`; masks are uint8 `(H, W)` with the labels of the annot
 is "other" and is never scored.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

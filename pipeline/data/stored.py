@@ -1,7 +1,5 @@
 """What a .beton stores for one image file, and what it takes for the file to be accepted."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from typing import Literal, NamedTuple

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.launch.closure import Closure
 from pipeline.variants import VARIANTS
 
-JOIN = "pipeline.world:join"
+JOIN = "pipeline.device:join"
 """Every rank runs this before its call."""
 CODE_ROOT = Path(__file__).parents[2]
 """The parent of the package that this process runs: the checkout, or in a job the copy that it was queued with."""

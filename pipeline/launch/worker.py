@@ -132,7 +132,7 @@ class Worker:
             )
         module, function = work["call"].split(":")
         call = getattr(importlib.import_module(module), function)
-        from pipeline import world as ranks
+        from pipeline import device as ranks
 
         rank, size = environment.global_rank, environment.num_tasks
         store = rendezvous(folder, attempt, environment.hostnames[0], rank, size) if size > 1 else None

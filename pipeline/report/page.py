@@ -14,7 +14,7 @@ from pipeline.paper import label, load
 from pipeline.paper.verdict import MIOU, RELEASED_TOLERANCE, TOP1
 from pipeline.paths import written_atomically
 from pipeline.report import figures
-from pipeline.report.background import Background, cost_rows
+from pipeline.report.background import Background, class_rows, cost_rows, pictures
 from pipeline.report.formats import (
     NOTHING,
     heading_rows,
@@ -23,7 +23,6 @@ from pipeline.report.formats import (
     to_markdown,
     visible_columns,
 )
-from pipeline.report.segmentations import class_rows, pictures
 from pipeline.report.tables import Circumstances, Table, build
 
 TEMPLATES = jinja2.Environment(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline import device as ranks
 from pipeline import paths
-from pipeline import world as ranks
 from pipeline.cluster import Profile
 
 

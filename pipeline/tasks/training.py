@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline import device as ranks
 from pipeline import paths
-from pipeline import world as ranks
-from pipeline.cluster import Profile, Split
+from pipeline.cluster import BatchSplit, Profile
 from pipeline.train import checkpoint, history, system
 from pipeline.train.loop import train
 from pipeline.train.task import Task, Validation
@@ -40,7 +40,7 @@ def run_recipe(
     task: Task,
     world: ranks.World,
     run_folder: Path,
-    layout: Split,
+    layout: BatchSplit,
     profile: Profile,
     *,
     seed: int,

@@ -87,7 +87,7 @@ class ComparisonMirror:
 
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.folder = server, folder
-        self.mirror = Mirror(server, folder, comes_back=True)
+        self.mirror = Mirror(server, folder, recreate_if_deleted=True)
 
     def open(self) -> str | None:
         """The parent run's id, made when it is not there or was deleted; None while the server does not answer."""

@@ -41,13 +41,13 @@ class Mirror:
         folder: Path,
         parent: Callable[[], str | None] = lambda: None,
         *,
-        comes_back: bool = False,
+        recreate_if_deleted: bool = False,
     ) -> None:
         """`parent` gives the id of the run to put this one under, when it is known.
 
-        A run that somebody deleted in the dashboard is left out, or with `comes_back` made anew.
+        A run that somebody deleted in the dashboard is left out, or with `recreate_if_deleted` made anew.
         """
-        self.server, self.folder, self.parent, self.comes_back = server, folder, parent, comes_back
+        self.server, self.folder, self.parent, self.recreate_if_deleted = server, folder, parent, recreate_if_deleted
         self.file = folder / "mlflow.json"
         self.state: dict[str, Any] = {}
         self.looked_up = False
@@ -146,7 +146,7 @@ class Mirror:
             known = client.search_runs([experiment], f"tags.run_folder_key = '{about.key}'", ViewType.ALL)
             run = min(known, key=lambda candidate: candidate.info.lifecycle_stage == "deleted", default=None)
         if run is not None and run.info.lifecycle_stage == "deleted":
-            if not self.comes_back:
+            if not self.recreate_if_deleted:
                 if not self.state.get("deleted"):
                     log.info("%s: its run was deleted in MLflow, so it is left out; its files stay", self.folder)
                 self.state |= {"run_id": run.info.run_id, "deleted": True}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.data.random import DROPOUT, float32_uniforms
 
 GRAPHS_AT_MOST = 64

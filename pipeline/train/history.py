@@ -31,7 +31,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_back(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Drop what was logged after `step`: the run goes on from there and will log it again."""
     kept = [record for record in read(path) if record["step"] <= step]
     with paths.written_atomically(path) as temporary:

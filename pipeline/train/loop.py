@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline import world as ranks
-from pipeline.cluster import Split
+from pipeline import device as ranks
+from pipeline.cluster import BatchSplit
 from pipeline.train import checkpoint, history, out_of_memory
 from pipeline.train.adapt import StatelessDropout, adapt
 from pipeline.train.progress import Interval
@@ -26,7 +26,7 @@ def train(
     task: Task,
     world: ranks.World,
     run_folder: Path,
-    layout: Split,
+    layout: BatchSplit,
     *,
     seed: int,
     activation_checkpointing: bool,
@@ -61,8 +61,8 @@ def train(
     _agree_on(first_step, world)
     if world.is_first:
         checkpoint.remove_unfinished(checkpoints)
-        history.cut_back(record_file, first_step)
-        history.cut_back(validation_file, first_step - 1)  # what is due at first_step itself comes again
+        history.truncate_after(record_file, first_step)
+        history.truncate_after(validation_file, first_step - 1)  # what is due at first_step itself comes again
 
     started = last_saved = time.monotonic()
     stop_vote = _StopVote(world)
@@ -127,7 +127,7 @@ def _step(
     tensors: tuple[Tensor, ...],
     dropout: StatelessDropout,
     world: ranks.World,
-    layout: Split,
+    layout: BatchSplit,
 ) -> Tensor:
     """One optimiser step; returns the rank's mean loss, still on the device."""
     optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipeline.cluster import Split
+from pipeline.cluster import BatchSplit
 from pipeline.errors import UserError
 
 # The CPU allocator's message; cuBLAS and cuDNN have no exception of their own either.
@@ -15,7 +15,7 @@ _SIGNS = ("can't allocate memory", "STATUS_ALLOC_FAILED")
 
 
 @contextmanager
-def explained(layout: Split, device: torch.device, *, activation_checkpointing: bool) -> Iterator[None]:
+def explained(layout: BatchSplit, device: torch.device, *, activation_checkpointing: bool) -> Iterator[None]:
     """Turn running out of memory inside into a UserError that says which profile would need less."""
     try:
         yield
@@ -51,7 +51,7 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return any(sign in str(error) for sign in _SIGNS)
 
 
-def _remedies(layout: Split, activation_checkpointing: bool) -> list[str]:
+def _remedies(layout: BatchSplit, activation_checkpointing: bool) -> list[str]:
     remedies = []
     if (smaller := layout.halved()) is not None:
         remedies.append(

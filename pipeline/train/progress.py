@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.errors import UserError
 from pipeline.train.out_of_memory import peak_memory_gb
 from pipeline.train.task import Step, Task

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline import device as ranks
 from pipeline import paths
-from pipeline import world as ranks
 from pipeline.cluster import Profile
 from pipeline.config import Precision
 from pipeline.data.loaders import BatchLoader, eval_loader
 from pipeline.metrics import ClassificationMeter, count_macs, count_parameters
 from pipeline.models import create_classifier, load_released
-from pipeline.tasks.device_batch import normalise
+from pipeline.tasks.on_device import normalise
 
 
 def predict(

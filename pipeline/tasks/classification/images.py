@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline import paths
 from pipeline.config import ImageNetData
 from pipeline.data.convert import convert_image_folder
-from pipeline.data.digits import write_digits
+from pipeline.data.demo import write_digits
 from pipeline.data.folders import class_names, list_image_folder, write_listing
 
 

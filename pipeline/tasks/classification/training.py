@@ -11,14 +11,14 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.cluster import Profile, split
 from pipeline.config import ClassificationRecipe, validate
 from pipeline.data.beton import open_beton
 from pipeline.data.loaders import TrainAugmentation, train_loader
 from pipeline.errors import UserError
 from pipeline.models import create_classifier
-from pipeline.tasks.device_batch import Mixing, at_least_float32, erase, mix, normalise, to_device
+from pipeline.tasks.on_device import Mixing, at_least_float32, erase, mix, normalise, to_device
 from pipeline.tasks.training import SeededInitialisation, run_recipe
 from pipeline.train.schedule import cosine_by_epoch
 from pipeline.train.task import Step, Validation

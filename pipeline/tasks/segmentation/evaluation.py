@@ -11,14 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pipeline import device as ranks
 from pipeline import paths
-from pipeline import world as ranks
 from pipeline.cluster import Profile
 from pipeline.config import SegmentationEvaluation, validate
 from pipeline.data.segmentation import segmentation_eval_loader
 from pipeline.metrics import ConfusionMatrix, count_macs, count_parameters
 from pipeline.models import create_segmenter, load_released
-from pipeline.tasks.device_batch import IGNORED_LABEL, normalise, resize_logits
+from pipeline.tasks.on_device import IGNORED_LABEL, normalise, resize_logits
 
 PICTURES, PICTURE_PX = 4, 256
 """How many images, spread over the split, are kept with their prediction, and their longer side at most."""

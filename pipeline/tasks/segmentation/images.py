@@ -5,8 +5,8 @@ from pathlib import Path
 from pipeline import paths
 from pipeline.config import Ade20kData
 from pipeline.data.convert import convert_segmentation_folder
+from pipeline.data.demo import write_scenes
 from pipeline.data.folders import list_segmentation_folder, write_listing
-from pipeline.data.scenes import write_scenes
 
 TRAIN_SCENES, VAL_SCENES = 1000, 60
 

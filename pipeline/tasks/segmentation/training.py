@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import world as ranks
+from pipeline import device as ranks
 from pipeline.cluster import Profile, split
 from pipeline.config import SegmentationRecipe, validate
 from pipeline.data.beton import open_beton
 from pipeline.data.segmentation import SegmentationAugmentation, segmentation_train_loader
 from pipeline.models import create_classifier, create_segmenter, load_released
-from pipeline.tasks.device_batch import IGNORED_LABEL, normalise, resize_logits, to_device
+from pipeline.tasks.on_device import IGNORED_LABEL, normalise, resize_logits, to_device
 from pipeline.tasks.training import SeededInitialisation, run_recipe
 from pipeline.train.schedule import polynomial
 from pipeline.train.task import Step
