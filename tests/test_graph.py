@@ -324,8 +324,8 @@ def test_a_truncated_beton_is_refused_before_training(finished: Checkout, tmp_pa
 
 def test_help_is_quick_and_wrong_words_are_clear(checkout: Checkout) -> None:
     done = checkout.run("python", "-X", "importtime", "-m", "pipeline", "--help")
-    assert "torch" not in done.stderr
-    assert "pydantic" not in done.stderr
+    for slow in ("torch", "mlflow", "dvc", "hydra"):
+        assert f"| {slow}" not in done.stderr
     wrong = checkout.pipeline("train_classifier", "poolformer_s13", "0", check=False)
     assert wrong.returncode == 1
     assert "did you mean" in wrong.stderr
