@@ -20,7 +20,15 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ON_SLURM = ("test_cluster_faults", "test_cluster_graph", "test_cluster_jobs", "test_dev_cluster")
-LONGEST_FIRST = ("slurm", "test_graph", "test_benchmarks", "test_released_tier", "test_layouts", "test_native")
+LONGEST_FIRST = (
+    "slurm",
+    "test_graph",
+    "test_extend",
+    "test_benchmarks",
+    "test_released_tier",
+    "test_layouts",
+    "test_native",
+)
 DEMO = (
     "scale=demo",
     "classification.train=[poolformer_s12]",

@@ -80,7 +80,7 @@ def _released_row(params: Params, task: Task, cells: "pd.Series[Any]", file: "pd
 
 
 def _paper_cells(cells: "pd.Series[Any]") -> dict[str, float]:
-    return {key: float(cells[key]) for key in ("params_m", "macs_g", "paper") if pd.notna(cells[key])}
+    return {key: float(cells[key]) for key in ("params_m", "macs_g", "paper") if pd.notna(cells.get(key))}
 
 
 def _seeds(count: int) -> str:
