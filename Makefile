@@ -73,7 +73,7 @@ $(STAMP): requirements.lock requirements-build.lock pyproject.toml $(wildcard pi
 	echo "== installer"
 	python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-build.lock
 	echo "== packages (some GB the first time)"  # compiled here: a job on many nodes could not write beside them
-	uv pip install --python $(VENV)/bin/python --no-build-isolation --compile-bytecode --require-hashes -r requirements.lock
+	UV_COMPILE_BYTECODE_TIMEOUT=600 uv pip install --python $(VENV)/bin/python --no-build-isolation --compile-bytecode --require-hashes -r requirements.lock
 	echo "== this project"
 	uv pip install --quiet --python $(VENV)/bin/python --no-build-isolation --no-deps --reinstall -e .
 	touch $@
