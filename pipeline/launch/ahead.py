@@ -10,7 +10,6 @@ was started in another way queues itself alone.
 import json
 import logging
 import os
-import shlex
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -82,7 +81,7 @@ def _surrounding_dvc() -> _Dvc | None:
     commands = {entry["pid"]: entry["cmd"] for entry in locked}
     for process in psutil.Process().parents():
         if process.pid in commands:
-            options = _parsed(shlex.split(commands[process.pid])[1:])
+            options = _parsed(commands[process.pid].split()[1:])
             return None if options is None else _Dvc(options, process.create_time())
     return None
 

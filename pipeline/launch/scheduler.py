@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from pipeline.cluster import Profile
 from pipeline.errors import unknown
 from pipeline.launch.record import Job
+from pipeline.tasks.description import load
 
 SCHEDULERS = {"local": "pipeline.launch.local:Local", "slurm": "pipeline.launch.slurm:Slurm"}
 """By kind. Strings, so that they are not part of the code that a result depends on (docs/identity.md)."""
@@ -96,6 +96,5 @@ def scheduler_of(kind: str) -> Scheduler:
     """
     if kind not in SCHEDULERS:
         raise ValueError(f"{kind}: {unknown('kind of scheduler', kind, SCHEDULERS)}")
-    module, name = SCHEDULERS[kind].split(":")
-    scheduler: Scheduler = getattr(import_module(module), name)()
+    scheduler: Scheduler = load(SCHEDULERS[kind])()
     return scheduler

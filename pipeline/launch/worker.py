@@ -27,6 +27,7 @@ from pipeline.launch.scheduler import Scheduler, scheduler_of
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
+from pipeline.tasks.description import load
 
 log = logging.getLogger(__name__)
 STALE_S = 60
@@ -130,8 +131,7 @@ class Worker:
             raise UserError(
                 f"{needed['folder']} does not contain the result that this job depends on: run `dvc repro` again"
             )
-        module, function = work["call"].split(":")
-        call = getattr(importlib.import_module(module), function)
+        call = load(work["call"])
         from pipeline import device as ranks
 
         rank, size = environment.global_rank, environment.num_tasks

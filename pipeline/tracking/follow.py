@@ -8,11 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 from pipeline import paths
-from pipeline.catalogue import TASKS, comparison_of
+from pipeline.catalogue import comparison_of
 from pipeline.config import Params
 from pipeline.launch.fingerprint import Work, fingerprint
 from pipeline.launch.jobs import run_job
-from pipeline.launch.works import training_folder
+from pipeline.launch.works import STAGES, training_folder
 from pipeline.paper import label
 from pipeline.tasks.description import Task
 from pipeline.tracking.about import About, dataset, flat, provenance
@@ -46,7 +46,7 @@ def follow(params: Params, task: Task, work: Work, ahead: Sequence[Work], output
         mirror.update("RUNNING", in_a_hurry=True)
         if ahead and now - shown["others_at"] > LOOK_AT_OTHERS_EVERY_S:
             for other in ahead:
-                _describe(params, _task_of(other), other)
+                _describe(params, STAGES[other.stage][1], other)
             catch_up(server, running=True)
             shown["others_at"] = time.monotonic()
         shown["at"] = time.monotonic()
@@ -74,10 +74,6 @@ def run_evaluation(params: Params, task: Task, work: Work, outputs: dict[str, Pa
             shutil.copyfile(outputs["metrics.json"], temporary)
         mirror_of(server, training).update(status(training))
     catch_up(server)
-
-
-def _task_of(work: Work) -> Task:
-    return next(task for task in TASKS.values() if task.training_stage == work.stage)
 
 
 def _describe(params: Params, task: Task, work: Work) -> bool:
