@@ -4,10 +4,8 @@ import importlib
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -16,20 +14,13 @@ from pipeline import cluster, paths, plan
 from pipeline.catalogue import DATA_SETS, TASKS
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
-from pipeline.launch.check import check, try_job
+from pipeline.launch.check import try_job
+from pipeline.launch.scheduler import Finding, scheduler_of
 from pipeline.tasks.description import load
 
-Level = Literal["ok", "note", "fault"]
-SIGNS: dict[Level, str] = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
+SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
 TESTED_PYTHONS = ("3.11", "3.12", "3.13")
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "dvc", "mlflow", "submitit")
-
-
-@dataclass(frozen=True)
-class Finding:
-    level: Level
-    subject: str
-    text: str
 
 
 def examine(*, verify: bool = False, test_job: bool = False) -> int:
@@ -101,13 +92,12 @@ def _cluster() -> Iterator[Finding]:
     yield Finding(
         "ok", "cluster profile", f"{path}: {profile.kind}, {profile.world_size} ranks, {profile.cpus} cores each"
     )
-    if profile.kind == "slurm":
-        yield from (Finding(*entry) for entry in check(profile, path))
+    yield from scheduler_of(profile.kind).check(profile, path)
 
 
 def _test_job() -> Iterator[Finding]:
     profile = cluster.load_profile(paths.cluster_profile())
-    yield from (Finding(*entry) for entry in try_job(profile))
+    yield from try_job(profile)
 
 
 def _parameters() -> Iterator[Finding]:

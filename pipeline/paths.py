@@ -82,6 +82,16 @@ def run(stage: str, name: str) -> Path:
     return RUNS / stage / name
 
 
+def is_put_aside(run_folder: Path) -> bool:
+    """Whether another run has taken this one's place: its folder's name then goes on behind a dot."""
+    return "." in run_folder.name
+
+
+def with_those_put_aside(run_folder: Path) -> list[Path]:
+    """A run's place, which may be empty, and the folders of the runs that it was taken from."""
+    return [run_folder, *sorted(run_folder.parent.glob(f"{run_folder.name}.*"))]
+
+
 def cluster_profile() -> Path:
     """The cluster profile that PIPELINE_CLUSTER names."""
     return Path(os.environ.get("PIPELINE_CLUSTER", DEFAULT_CLUSTER))

@@ -127,7 +127,7 @@ def leftovers() -> list[Leftover]:
     for work in sorted(paths.RUNS.glob("*/*/work.json")):
         folder = work.parent
         alive = attach(folder) is not None
-        if "." not in folder.name or alive:
+        if not paths.is_put_aside(folder) or alive:
             needed.add(str(record.read_work(folder).get("snapshot")))
     for identity in sorted(paths.RUNS.glob("*/*.*/identity.json")):
         folder = identity.parent

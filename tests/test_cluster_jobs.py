@@ -228,7 +228,7 @@ def test_container_set_up_and_environment_reach_the_ranks(
     dev = (checkout.folder / "slurm/dev.yaml").read_text()
     extra = f"container: unshare --mount {inside}\nsetup: ['export FROM_SETUP=2']\n"
     (checkout.folder / "slurm/contained.yaml").write_text(dev + "  FROM_ENVIRONMENT: one\n" + extra)
-    check = checkout.folder / "pipeline/tasks/test_job.py"
+    check = checkout.folder / "pipeline/launch/check.py"
     before = check.read_text()
     check.write_text(before.replace('Path("params.yaml").exists()', 'Path("/mnt/one.2").exists()'))
     try:

@@ -1,9 +1,8 @@
 """FFCV's .beton file, version 2, as ffcv 1.0.2 reads it: opened with checks, written in order.
 
-ffcv's own writer lets its processes race for pages, encodes every JPEG anew, and hangs when one of
-its processes dies. This one puts the samples one after another, so the same samples give the same
-bytes. The layout: header, field descriptors, one metadata row for each sample, the samples, the
-allocation table of `(sample, pointer, bytes)`.
+ffcv's own writer lets its processes race for pages, encodes every JPEG anew, and hangs when one of its processes dies.
+This one puts the samples one after another, so the same samples give the same bytes. The layout: header, field
+descriptors, one metadata row for each sample, the samples, the allocation table of `(sample, pointer, bytes)`.
 """
 
 import os
@@ -16,14 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from ffcv.fields.base import Field
 from ffcv.reader import Reader
-from ffcv.types import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    get_metadata_type,
-)
+from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType, get_metadata_type
 
 from pipeline.errors import UserError
 
@@ -124,10 +116,7 @@ class BetonWriter:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
             if error is None:

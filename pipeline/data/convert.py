@@ -21,20 +21,10 @@ from ffcv.fields.base import Field
 
 from pipeline import paths
 from pipeline.data.beton import IMAGE_MODES, BetonWriter
-from pipeline.data.folders import (
-    ImageFolder,
-    SegmentationFolder,
-    list_image_folder,
-    list_segmentation_folder,
-)
+from pipeline.data.folders import ImageFolder, SegmentationFolder, list_image_folder, list_segmentation_folder
 from pipeline.data.manifest import COLUMNS
 from pipeline.data.progress import images_progress
-from pipeline.data.stored import (
-    StoredSample,
-    compact_sample,
-    original_sample,
-    segmentation_sample,
-)
+from pipeline.data.stored import StoredSample, compact_sample, original_sample, segmentation_sample
 from pipeline.errors import UserError
 
 # A thread's portion of work: as many consecutive files as fit both.

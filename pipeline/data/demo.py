@@ -20,9 +20,8 @@ from pipeline.data.folders import build_folder
 from pipeline.data.random import TRAINING_SCENE, VALIDATION_SCENE, generator
 
 JPEG_QUALITY = 95
-# The set is ordered by writer, so the last fifth of each digit is handwriting that training has
-# hardly seen: 1,438 images train, 359 are held out. Three nearest neighbours find 96.7 % of these,
-# and 100 % of a random fifth.
+# The set is ordered by writer, so the last fifth of each digit is handwriting that training has hardly seen: 1,438
+# images train, 359 are held out. Three nearest neighbours find 96.7 % of these, and 100 % of a random fifth.
 VAL_FRACTION = 0.2
 
 
@@ -52,8 +51,7 @@ def load_digits() -> Digits:
 def write_digits(folder: str | Path, *, image_size_px: int = 32) -> None:
     """Write `<folder>/{train,val}/digit_<d>/<number>.JPEG`: RGB JPEGs of `image_size_px` squared.
 
-    The number in a file's name is the image's position in scikit-learn's set. The folder appears
-    whole or not at all.
+    The number in a file's name is the image's position in scikit-learn's set. The folder appears whole or not at all.
 
     Raises:
         UserError: the folder exists and was not made by this function.
@@ -82,18 +80,12 @@ SPLITS = ("training", "validation")
 
 
 def write_scenes(
-    folder: str | Path,
-    *,
-    train_images: int,
-    val_images: int,
-    image_size_px: int = 64,
-    seed: int = 0,
+    folder: str | Path, *, train_images: int, val_images: int, image_size_px: int = 64, seed: int = 0
 ) -> None:
     """Write `<folder>/{images,annotations}/{training,validation}/scene_<index>.{jpg,png}` and class names.
 
-    Training scenes are made of the digits that `write_digits` puts into train/, validation scenes
-    of its val/. Scene i of a split depends on (seed, split, i) and the size alone. The folder
-    appears whole or not at all.
+    Training scenes are made of the digits that `write_digits` puts into train/, validation scenes of its val/. Scene i
+    of a split depends on (seed, split, i) and the size alone. The folder appears whole or not at all.
 
     Raises:
         UserError: the folder exists and was not made by this function.

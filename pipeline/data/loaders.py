@@ -49,13 +49,7 @@ class BatchLoader(InOrderLoader):
     """Batches of `sample_ids` in this order; each `iter` starts from the first one again."""
 
     def __init__(
-        self,
-        reader: Reader,
-        sample_ids: Ints,
-        batch_size: int,
-        workers: int,
-        image_size: int,
-        plan: Planner,
+        self, reader: Reader, sample_ids: Ints, batch_size: int, workers: int, image_size: int, plan: Planner
     ) -> None:
         def images(positions: Ints, metadata: Records, storage: Any) -> Tensor:
             try:
@@ -152,9 +146,8 @@ def eval_loader(
 ) -> BatchLoader:
     """Every image of the file once, over all ranks, in the file's order, without padding.
 
-    A rank yields its contiguous share in batches of `batch_size`, the last one smaller. The pixels
-    are those of timm's evaluation transform: the short side to `image_size / crop_fraction`,
-    bicubic, centre crop.
+    A rank yields its contiguous share in batches of `batch_size`, the last one smaller. The pixels are those of timm's
+    evaluation transform: the short side to `image_size / crop_fraction`, bicubic, centre crop.
 
     Raises:
         UserError: the file cannot be used.

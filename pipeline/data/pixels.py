@@ -23,24 +23,10 @@ Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 # The structs Op, Plan and Source of native/native.h.
 OP = np.dtype([("kind", "i4"), ("cubic", "i4"), ("args", "f8", 6)])
 PLAN = np.dtype(
-    [
-        ("box", "i4", 4),
-        ("resized", "i4", 2),
-        ("offset", "i4", 2),
-        ("cubic", "i4"),
-        ("flip", "i4"),
-        ("ops", OP, 2),
-    ]
+    [("box", "i4", 4), ("resized", "i4", 2), ("offset", "i4", 2), ("cubic", "i4"), ("flip", "i4"), ("ops", OP, 2)]
 )
 SOURCE = np.dtype(
-    [
-        ("data", "u8"),
-        ("size_bytes", "u8"),
-        ("width", "i4"),
-        ("height", "i4"),
-        ("raw", "i4"),
-        ("padding", "i4"),
-    ]
+    [("data", "u8"), ("size_bytes", "u8"), ("width", "i4"), ("height", "i4"), ("raw", "i4"), ("padding", "i4")]
 )
 _MESSAGE_BYTES = 256
 
@@ -207,11 +193,4 @@ def _rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     minus_sin = round(-math.sin(angle), 15)
     x, y = width / 2, height / 2
-    return (
-        cos,
-        sin,
-        cos * -x + sin * -y + 0.0 + x,
-        minus_sin,
-        cos,
-        minus_sin * -x + cos * -y + 0.0 + y,
-    )
+    return (cos, sin, cos * -x + sin * -y + 0.0 + x, minus_sin, cos, minus_sin * -x + cos * -y + 0.0 + y)

@@ -1,9 +1,8 @@
 """Segmentation loaders: mmsegmentation's pipeline for ADE20K, inside FFCV's loader.
 
-FFCV runs ahead in a separate thread and hands each batch to one operation, which spreads the
-samples over worker threads (OpenCV releases the GIL). Every random draw is a function of (seed,
-epoch, sample) through Philox: neither the number of workers or ranks nor the iteration that a run
-starts from changes a pixel.
+FFCV runs ahead in a separate thread and hands each batch to one operation, which spreads the samples over worker
+threads (OpenCV releases the GIL). Every random draw is a function of (seed, epoch, sample) through Philox: neither the
+number of workers or ranks nor the iteration that a run starts from changes a pixel.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +20,7 @@ from torch import Tensor
 from pipeline.data.beton import IMAGE_MODES, open_beton
 from pipeline.data.ffcv_loader import InOrderLoader, Ints
 from pipeline.data.random import SEGMENTER_AUGMENTATION, SEGMENTER_ORDER, generator
-from pipeline.data.segmentation_pixels import (
-    Pixels,
-    SegmentationAugmentation,
-    augment,
-    resize_into,
-    resize_to_multiple,
-)
+from pipeline.data.segmentation_pixels import Pixels, SegmentationAugmentation, augment, resize_into, resize_to_multiple
 from pipeline.errors import UserError
 
 __all__ = [
@@ -105,9 +98,8 @@ def segmentation_train_loader(
 ) -> SegmentationLoader[SegmentationBatch]:
     """Batches for the iterations from `first_iteration` up to and without `iterations`.
 
-    The samples are an endless sequence of epochs, each in its own random order. Iteration k
-    takes `batch_size` of them (the global batch) from position k * batch_size on; a rank yields its
-    share of these, one after the other.
+    The samples are an endless sequence of epochs, each in its own random order. Iteration k takes `batch_size` of them
+    (the global batch) from position k * batch_size on; a rank yields its share of these, one after the other.
 
     Raises:
         UserError: the .beton cannot be used, or the batch cannot be split over the ranks.

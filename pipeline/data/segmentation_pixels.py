@@ -1,8 +1,7 @@
 """What mmsegmentation's pipeline for ADE20K does to one sample, with OpenCV's own pixels.
 
-The steps, their order and their rounding are those of mmseg's fpn_poolformer configurations. Images
-are BGR uint8 `(H, W, 3)`; masks are uint8 `(H, W)` with the labels of the annotation files, where 0
-is "other" and is never scored.
+The steps, their order and their rounding are those of mmseg's fpn_poolformer configurations. Images are BGR uint8 `(H,
+W, 3)`; masks are uint8 `(H, W)` with the labels of the annotation files, where 0 is "other" and is never scored.
 """
 
 from dataclasses import dataclass

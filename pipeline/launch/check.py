@@ -1,12 +1,13 @@
 """What `python -m pipeline doctor` checks of a Slurm profile, without a job and with one."""
 
 import json
+import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -15,39 +16,42 @@ from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
+from pipeline.launch.scheduler import Finding
 from pipeline.launch.slurm import resources
 from pipeline.launch.slurm_status import UnreachableError, ask
 
-Entry = tuple[Literal["ok", "note", "fault"], str, str]
+if TYPE_CHECKING:
+    from pipeline.device import World
+
 SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "panfs", "cifs", "fuse.glusterfs", "wekafs", "orangefs"}
 TEST_JOB_MIN = 5
 
 
-def check(profile: Profile, path: Path) -> Iterator[Entry]:
+def check(profile: Profile, path: Path) -> Iterator[Finding]:
     """Programs, partition and limits, file system; nothing is submitted."""
     for program in ("sbatch", "squeue", "scontrol", "srun"):
         if shutil.which(program, path=profile.environment.get("PATH")) is None:
-            yield "fault", program, "not on the PATH: log in to a node of the cluster, or load its module"
+            yield Finding("fault", program, "not on the PATH: log in to a node of the cluster, or load its module")
             return
     try:
         listed = ask(["sinfo", "--noheader", "--format=%R"], profile.environment).split()
     except UnreachableError as error:
-        yield "fault", "Slurm", f"does not answer: {error}"
+        yield Finding("fault", "Slurm", f"does not answer: {error}")
         return
     partitions = ", ".join(sorted(set(listed)))
     if profile.partition is not None and not set(profile.partition.split(",")) <= set(listed):
-        yield "fault", "partition", f"{profile.partition} is not one of {partitions}: correct {path}"
+        yield Finding("fault", "partition", f"{profile.partition} is not one of {partitions}: correct {path}")
         return
-    yield "ok", "Slurm", f"answers; partitions {partitions}"
+    yield Finding("ok", "Slurm", f"answers; partitions {partitions}")
     yield from _sizes(profile, path)
     yield _acceptance(profile, path)
     yield _accounting(profile)
     yield _file_system()
     if profile.container is not None and shutil.which(profile.container.split()[0]) is None:
-        yield "note", "container", f"{profile.container.split()[0]} is not installed here; the nodes need it"
+        yield Finding("note", "container", f"{profile.container.split()[0]} is not installed here; the nodes need it")
 
 
-def _sizes(profile: Profile, path: Path) -> Iterator[Entry]:
+def _sizes(profile: Profile, path: Path) -> Iterator[Finding]:
     """Whether enough nodes are large enough, and what they lack if not."""
     of_partition = [f"--partition={profile.partition}"] if profile.partition else []
     command = ["sinfo", "--noheader", "--Node", *of_partition, "--format=%N|%c|%m|%G|%l"]
@@ -62,13 +66,15 @@ def _sizes(profile: Profile, path: Path) -> Iterator[Entry]:
         enough = sum(number >= wanted for number in there)
         if enough < profile.nodes:
             text = f"{enough} of {len(nodes)} nodes have the {wanted} {unit} that {profile.nodes} must have (most: "
-            yield "fault", "nodes", f"{text}{max(there, default=0)}): correct {path}"
+            yield Finding("fault", "nodes", f"{text}{max(there, default=0)}): correct {path}")
             return
     each = f"{cores} cores and {profile.gpus} GPUs each"
-    yield "ok", "nodes", f"{len(nodes)}, of which a job takes {profile.nodes} with {each}"
+    yield Finding("ok", "nodes", f"{len(nodes)}, of which a job takes {profile.nodes} with {each}")
     limits = {_minutes(node[3]) for node in nodes.values()}
     if limits and (limit := max(limits)) < profile.time_min:
-        yield "fault", "time_min", f"{profile.time_min} is above the partition's limit of {limit:.0f}: correct {path}"
+        yield Finding(
+            "fault", "time_min", f"{profile.time_min} is above the partition's limit of {limit:.0f}: correct {path}"
+        )
 
 
 def _gpus(gres: str) -> int:
@@ -85,35 +91,35 @@ def _minutes(limit: str) -> float:
     return days * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def _acceptance(profile: Profile, path: Path) -> Entry:
+def _acceptance(profile: Profile, path: Path) -> Finding:
     """Whether sbatch accepts the profile: accounts, limits and everything else that the site decides."""
     asked = {**resources(profile), **profile.additional}
     flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in asked.items()]
     try:
         ask(["sbatch", "--test-only", *flags, "--wrap=true"], profile.environment)
     except UnreachableError as error:
-        return "fault", "sbatch", f"would refuse a job of this profile: {error}: correct {path}"
-    return "ok", "sbatch", "would accept a job of this profile"
+        return Finding("fault", "sbatch", f"would refuse a job of this profile: {error}: correct {path}")
+    return Finding("ok", "sbatch", "would accept a job of this profile")
 
 
-def _accounting(profile: Profile) -> Entry:
+def _accounting(profile: Profile) -> Finding:
     try:
         ask(["sacct", "--noheader", "--allocations"], profile.environment)
     except (UnreachableError, UserError) as error:
-        return "note", "sacct", f"no accounting ({error}): how a job ended is known only while squeue lists it"
-    return "ok", "sacct", "answers"
+        return Finding("note", "sacct", f"no accounting ({error}): how a job ended is known only while squeue lists it")
+    return Finding("ok", "sacct", "answers")
 
 
-def _file_system() -> Entry:
+def _file_system() -> Finding:
     here = Path.cwd()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     kind = next((mounts[folder] for folder in (here, *here.parents) if folder in mounts), "unknown")
     if kind in SHARED:
-        return "ok", "file system", f"{here} is on {kind}"
-    return "note", "file system", f"{here} is on {kind}: do all nodes see it? `doctor --test-job` checks that"
+        return Finding("ok", "file system", f"{here} is on {kind}")
+    return Finding("note", "file system", f"{here} is on {kind}: do all nodes see it? `doctor --test-job` checks that")
 
 
-def try_job(profile: Profile) -> Iterator[Entry]:
+def try_job(profile: Profile) -> Iterator[Finding]:
     """Submit a small job in the way of a training, and report what its ranks found.
 
     Raises:
@@ -124,7 +130,7 @@ def try_job(profile: Profile) -> Iterator[Entry]:
     work = Work(
         stage="doctor",
         name="test-job",
-        call="pipeline.tasks.test_job:report",
+        call="pipeline.launch.check:report",
         arguments={"nonce": secrets.token_hex(8)},
     )
     run_job(work, {"report.json": result}, profile=short)
@@ -138,6 +144,34 @@ def try_job(profile: Profile) -> Iterator[Entry]:
             faults.append(f"does not see {Path.cwd()}")
         if entry["sum"] != len(ranks) * (len(ranks) + 1) / 2:
             faults.append(f"all_reduce gave {entry['sum']}")
-        yield "fault" if faults else "ok", f"rank {rank}", "; ".join([text, *faults])
+        yield Finding("fault" if faults else "ok", f"rank {rank}", "; ".join([text, *faults]))
     if len(ranks) != profile.world_size:
-        yield "fault", "ranks", f"{len(ranks)} instead of {profile.world_size}"
+        yield Finding("fault", "ranks", f"{len(ranks)} instead of {profile.world_size}")
+
+
+def report(world: "World", run_folder: Path, profile: Profile, *, nonce: str) -> bool:
+    """Run by every rank of the test job; rank 0 writes `out/report.json`: one entry per rank, in order.
+
+    `sum` is an all_reduce over rank + 1 on the ranks' devices. `nonce` makes each test job's fingerprint its own.
+    """
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(world.rank + 1.0, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(total)
+    own: dict[str, Any] = {
+        "node": os.environ.get("SLURMD_NODENAME", os.uname().nodename),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU",
+        "gpus": torch.cuda.device_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "sees_checkout": Path("params.yaml").exists(),
+        "sum": total.item(),
+    }
+    entries: list[Any] = [own] * world.size
+    if world.size > 1:
+        dist.all_gather_object(entries, own)
+    if world.is_first:
+        with paths.written_atomically(run_folder / "out/report.json") as temporary:
+            temporary.write_text(json.dumps(entries, indent=2))
+    return True

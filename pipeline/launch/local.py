@@ -12,7 +12,7 @@ import psutil
 
 from pipeline.cluster import Profile
 from pipeline.launch.record import Job
-from pipeline.launch.scheduler import Scheduler, Status
+from pipeline.launch.scheduler import Finding, Scheduler, Status
 from pipeline.launch.slurm import environment
 from pipeline.launch.worker import Worker
 
@@ -77,6 +77,10 @@ class Local(Scheduler):
         _, alive = psutil.wait_procs([*ranks, controller], timeout=CHECKPOINT_S)
         for process in alive:
             process.kill()
+
+    def check(self, profile: Profile, path: Path) -> Iterator[Finding]:
+        """Nothing: this machine is looked at whatever the profile."""
+        return iter(())
 
     def process_start(self) -> float | None:
         """Of the controller, this process's parent."""

@@ -1,9 +1,9 @@
 """Where jobs run: one interface, and the implementation for each `kind` of a cluster profile."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from pipeline.cluster import Profile
 from pipeline.errors import unknown
@@ -12,6 +12,14 @@ from pipeline.tasks.description import load
 
 SCHEDULERS = {"local": "pipeline.launch.local:Local", "slurm": "pipeline.launch.slurm:Slurm"}
 """By kind. Strings, so that they are not part of the code that a result depends on (docs/identity.md)."""
+
+
+class Finding(NamedTuple):
+    """A line of the doctor's."""
+
+    level: Literal["ok", "note", "fault"]
+    subject: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ class Scheduler(Protocol):
         Raises:
             UserError: the scheduler does not answer.
         """
+        ...
+
+    def check(self, profile: Profile, path: Path) -> Iterator[Finding]:
+        """What `python -m pipeline doctor` finds of a profile, read from `path`; nothing is submitted."""
         ...
 
     def process_start(self) -> float | None:

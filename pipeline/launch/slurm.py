@@ -4,7 +4,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -16,7 +16,7 @@ from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import attempts, slurm_status
 from pipeline.launch.record import Job
-from pipeline.launch.scheduler import Scheduler, Status
+from pipeline.launch.scheduler import Finding, Scheduler, Status
 from pipeline.launch.slurm_status import POLL_S, UnreachableError, ask, environment
 from pipeline.launch.worker import Worker
 
@@ -67,6 +67,12 @@ class Slurm(Scheduler):
             ask(["scancel", job.job_id], job.environment)
         except UnreachableError as error:
             raise UserError(f"Slurm does not answer ({error}): job {job.job_id} was not cancelled") from None
+
+    def check(self, profile: Profile, path: Path) -> Iterator[Finding]:
+        """Programs, partition and limits, file system."""
+        from pipeline.launch.check import check
+
+        return check(profile, path)
 
     def process_start(self) -> float | None:
         """None: Slurm's ids are unique, and a new installation's are told apart by the token."""

@@ -156,7 +156,7 @@ def claim_folder(run: Run) -> None:
 
 def find_run(run: Run) -> Path | None:
     """The folder of the run with this fingerprint, in its place or moved aside."""
-    for folder in (run.folder, *sorted(run.folder.parent.glob(f"{run.folder.name}.*"))):
+    for folder in paths.with_those_put_aside(run.folder):
         if record.fingerprint_of(folder) == run.fingerprint:
             return folder
     return None

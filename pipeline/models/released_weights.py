@@ -57,10 +57,9 @@ def find_released(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
 def load_released(model: ModelT, path: Path | str) -> ModelT:
     """Load a file into a model of `create_classifier` or `create_segmenter`, and return the model.
 
-    A classifier takes the authors' `.pth.tar`, timm's `.safetensors` and `.pth`, and our own
-    checkpoints; a segmenter takes mmseg's FPN checkpoints and our own. Every key has to be there,
-    none may be left over, every shape has to fit; otherwise the model stays as it was. Values are
-    converted to the model's type and device.
+    A classifier takes the authors' `.pth.tar`, timm's `.safetensors` and `.pth`, and our own checkpoints; a segmenter
+    takes mmseg's FPN checkpoints and our own. Every key has to be there, none may be left over, every shape has to fit;
+    otherwise the model stays as it was. Values are converted to the model's type and device.
 
     Raises UserError, naming the file, if it is missing, damaged, not such a file, does not fit, or
     its SHA-256 does not begin as its name says.
@@ -136,9 +135,7 @@ def find_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
 
 
 def describe_other_model(
-    model: PoolFormerClassifier | SemanticFPN,
-    state: Mapping[str, Tensor],
-    names: Mapping[str, str],
+    model: PoolFormerClassifier | SemanticFPN, state: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> str:
     """What `state` is, if it plainly is another model than `model`; else empty."""
     blocks: Counter[int] = Counter()

@@ -82,9 +82,8 @@ class SemanticFPN(nn.Module):
         """Normalised images `(B, 3, H, W)`, floating point, to logits `(B, num_classes, H/4, W/4)`.
 
         The logits are at stride 4: loss and prediction want them resized to the label's size first
-        (`F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)`). H and W are
-        at least 32; a side that is no multiple of 4 rounds as the 7x7 stride-4 stem does. Under
-        autocast the logits have autocast's type.
+        (`F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)`). H and W are at least 32; a side
+        that is no multiple of 4 rounds as the 7x7 stride-4 stem does. Under autocast the logits have autocast's type.
         """
         features = self.backbone(images)
         levels = self.neck(OrderedDict((str(i), x) for i, x in enumerate(features)))

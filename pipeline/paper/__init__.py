@@ -1,15 +1,6 @@
 """The paper's numbers as CSV with a source for each, and the verdict on a measurement against them."""
 
-from pipeline.paper.tables import (
-    TABLES,
-    disagreements,
-    label,
-    load,
-    numbers,
-    recipe_differences,
-    released_file,
-    wide,
-)
+from pipeline.paper.tables import TABLES, disagreements, label, load, numbers, recipe_differences, released_file, wide
 from pipeline.paper.verdict import Verdict, judge_released, judge_retraining
 
 __all__ = [

@@ -24,22 +24,8 @@ from pipeline.comparisons.description import Figure as PaperFigure
 from pipeline.paper import label, wide
 from pipeline.variants import VARIANTS
 
-INK, MUTED, GRID, PAPER, OURS, WEIGHTS = (
-    "#1d2733",
-    "#8a94a0",
-    "#e3e7eb",
-    "#5b7fa6",
-    "#c2410c",
-    "#0f766e",
-)
-CSS_VARIABLES = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "line",
-    PAPER: "paper",
-    OURS: "ours",
-    WEIGHTS: "weights",
-}
+INK, MUTED, GRID, PAPER, OURS, WEIGHTS = ("#1d2733", "#8a94a0", "#e3e7eb", "#5b7fa6", "#c2410c", "#0f766e")
+CSS_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "paper", OURS: "ours", WEIGHTS: "weights"}
 COLOURS = ("#0284c7", "#16a34a", "#d39e00", "#e0402f", "#9333ea", "#0f766e", "#be185d", "#4d7c0f")
 VARIANT_COLOURS = dict(zip(VARIANTS, itertools.cycle(COLOURS), strict=False))
 
@@ -131,13 +117,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
             for (variant, _), line in panel.groupby(["variant", "seed"], sort=False):
                 line = line.sort_values("step")
                 line = line.iloc[np.unique(np.linspace(0, len(line) - 1, points).round().astype(int))]
-                axes.plot(
-                    line["step"],
-                    line["value"],
-                    color=VARIANT_COLOURS[str(variant)],
-                    lw=1.4,
-                    alpha=0.85,
-                )
+                axes.plot(line["step"], line["value"], color=VARIANT_COLOURS[str(variant)], lw=1.4, alpha=0.85)
             axes.set_title(f"{task}: {metric}".replace("_", " "))
             axes.set_xlabel("step")
         for axes in grid[len(panels) :]:
@@ -191,16 +171,7 @@ def _draw_paper(axes: Axes, paper: pd.DataFrame, x: str, y: str) -> None:
         if len(rows):
             axes.plot(rows[x], rows[y], marker=marker, ms=5, lw=0.8, color=MUTED, alpha=0.75, label=family)
     rows = paper.loc[[label(variant) for variant in VARIANTS if label(variant) in paper.index]]
-    axes.plot(
-        rows[x],
-        rows[y],
-        marker="o",
-        ms=7,
-        lw=1.4,
-        mfc="none",
-        color=PAPER,
-        label="PoolFormer, paper",
-    )
+    axes.plot(rows[x], rows[y], marker="o", ms=7, lw=1.4, mfc="none", color=PAPER, label="PoolFormer, paper")
     _name_points(axes, rows.index, rows[x], rows[y])
 
 

@@ -15,17 +15,7 @@ from pipeline.paper import label
 NOTHING = "–"  # noqa: RUF001
 
 
-ALWAYS_SHOWN = {
-    "model",
-    "params_m",
-    "macs_g",
-    "paper",
-    "released",
-    "measured",
-    "difference",
-    "seeds",
-    "verdict",
-}
+ALWAYS_SHOWN = {"model", "params_m", "macs_g", "paper", "released", "measured", "difference", "seeds", "verdict"}
 
 
 def visible_columns(numbers: pd.DataFrame, comparison: Comparison) -> list[Column]:
@@ -58,9 +48,7 @@ def to_latex(numbers: pd.DataFrame, comparison: Comparison, notes: Sequence[str]
     text = readable(numbers, columns).map(_latex_escape)
     text.columns = pd.MultiIndex.from_tuples([tuple(map(_latex_escape, pair)) for pair in text.columns])
     tabular = text.to_latex(
-        index=False,
-        column_format="".join("l" if column.is_text else "r" for column in columns),
-        multicolumn_format="c",
+        index=False, column_format="".join("l" if column.is_text else "r" for column in columns), multicolumn_format="c"
     )
     return "\n".join(
         (

@@ -15,14 +15,7 @@ from pipeline.paper.verdict import MIOU, RELEASED_TOLERANCE, TOP1
 from pipeline.paths import written_atomically
 from pipeline.report import figures
 from pipeline.report.background import Background, class_rows, cost_rows, pictures
-from pipeline.report.formats import (
-    NOTHING,
-    heading_rows,
-    readable,
-    to_latex,
-    to_markdown,
-    visible_columns,
-)
+from pipeline.report.formats import NOTHING, heading_rows, readable, to_latex, to_markdown, visible_columns
 from pipeline.report.tables import Circumstances, Table, build
 
 TEMPLATES = jinja2.Environment(

@@ -23,7 +23,7 @@ def run(params: Params, task: Task, variant: str, seed: int) -> None:
         **task.placed(task.training_outputs, name),
     }
     if work is None:
-        from pipeline.tasks.released import take_released
+        from pipeline.tasks.training import take_released
 
         take_released(params, task, variant, outputs)
         return

@@ -1,8 +1,9 @@
-"""The frame around every training: layout, loop, and the files that it leaves."""
+"""The frame around every training: layout, loop, and the files that it leaves; released weights in its place."""
 
 import json
 import platform
 import statistics
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline import device as ranks
 from pipeline import paths
 from pipeline.cluster import BatchSplit, Profile
+from pipeline.config import Params
+from pipeline.errors import UserError
+from pipeline.models import load_released
+from pipeline.tasks import description
 from pipeline.train import checkpoint, history, system
 from pipeline.train.loop import train
 from pipeline.train.task import Task, Validation
@@ -92,3 +97,17 @@ def _cost(task: Task, world: ranks.World, records: list[dict[str, Any]]) -> dict
         "rank_hours": rank_hours,
         "gpu_hours": rank_hours if on_gpu else 0.0,
     }
+
+
+def take_released(params: Params, task: description.Task, variant: str, outputs: Mapping[str, Path]) -> None:
+    """Write the authors' weights to where the training's would be, with empty curves and no cost."""
+    names = description.load(task.released)
+    if variant not in names:
+        raise UserError(f"there are no released weights of {variant}: compose {task.section}.weights=trained")
+    file = Path(params.released.folder) / names[variant]
+    model = load_released(description.load(task.create)(variant, task.data.section(params).num_classes), file)
+    checkpoint.write(outputs["weights.pt"], {"model": model.state_dict()})
+    history.write_curve([], outputs["curve.csv"])
+    history.write_validation([], outputs["validation.csv"])
+    with paths.written_atomically(outputs["cost.json"]) as temporary:
+        temporary.write_text("{}\n")

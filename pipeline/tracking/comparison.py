@@ -113,7 +113,7 @@ class ComparisonMirror:
 
     def _children(self, content: dict[str, Any]) -> dict[str, str]:
         """Run ids by key of those runs that this server has; none for a comparison that was put aside."""
-        if "." in self.folder.name:
+        if paths.is_put_aside(self.folder):
             return {}
         folders = {row["key"]: _folder_of(row) for row in content["rows"] if "key" in row}
         ids = {key: Mirror(self.server, folder).run_id for key, folder in folders.items() if folder is not None}
@@ -140,7 +140,7 @@ class ComparisonMirror:
             tags["mlflow.parentRunId"] = run_id
             _log_metrics(client, child, row["metrics"])
             client.log_batch(child, tags=[RunTag(key, value[:8000]) for key, value in tags.items()])
-        if "." not in self.folder.name:
+        if not paths.is_put_aside(self.folder):
             self._take_out_others(client, set(children.values()), about)
             self._mark_best(client, content["rows"], about)
             experiment = self.server.experiment(client, comparison_of(about.kind).experiment)
@@ -171,8 +171,8 @@ class ComparisonMirror:
 
 def _folder_of(row: dict[str, Any]) -> Path | None:
     """Where the run that a row speaks of lies now: in its place, or put aside."""
-    place = Path(row["folder"])
-    for folder in (place, *sorted(place.parent.glob(f"{place.name.partition('.')[0]}.*"))):
+    written = Path(row["folder"])
+    for folder in paths.with_those_put_aside(written.with_name(written.name.partition(".")[0])):
         about = About.read(folder)
         if about is not None and about.key == row.get("key"):
             return folder

@@ -41,10 +41,7 @@ IMAGENET = DataSet(
     name="imagenet",
     title="ImageNet",
     # ILSVRC2012's two archives.
-    splits={
-        "train": Split(("train",), 1_281_167, 147.9e9),
-        "val": Split(("val",), 50_000, 6.7e9),
-    },
+    splits={"train": Split(("train",), 1_281_167, 147.9e9), "val": Split(("val",), 50_000, 6.7e9)},
     training="train",
     evaluation="val",
     prepare="pipeline.tasks.classification.images:prepare",
@@ -60,11 +57,7 @@ CLASSIFIER = Task(
     evaluate="pipeline.tasks.classification.evaluation:evaluate",
     create="pipeline.models:create_classifier",
     released="pipeline.models.released_weights:RELEASED_CLASSIFIERS",
-    metrics=(
-        Metric("top1", "Top-1"),
-        Metric("top5", "Top-5"),
-        Metric("loss", "Loss", unit="", digits=4),
-    ),
+    metrics=(Metric("top1", "Top-1"), Metric("top5", "Top-5"), Metric("loss", "Loss", unit="", digits=4)),
     evaluation_arguments=evaluation_arguments,
     forward_gmacs=forward_gmacs,
     evaluation_gmacs=_evaluation_gmacs,

@@ -156,6 +156,5 @@ def _validation(task: ClassificationTask, validation: dict[str, Any], profile: P
         return None
     epochs = math.ceil((task.recipe.epochs + task.recipe.cooldown_epochs) / profile.validations)
     return Validation(
-        epochs * task.steps_per_epoch,
-        lambda model: images.measure(model, task.world, profile.max_images_per_device),
+        epochs * task.steps_per_epoch, lambda model: images.measure(model, task.world, profile.max_images_per_device)
     )
