@@ -63,6 +63,27 @@ def _evaluate_released(options: Options) -> int:
     return 0
 
 
+def _convert_test_set(options: Options) -> int:
+    from pipeline.stages import convert_test_set
+
+    convert_test_set.run(load_params(paths.PARAMS), options.name)
+    return 0
+
+
+def _evaluate_test_set(options: Options) -> int:
+    from pipeline.stages import evaluate_test_set
+
+    evaluate_test_set.run(load_params(paths.PARAMS), options.name, check_variant(options.variant), options.seed)
+    return 0
+
+
+def _evaluate_released_test_set(options: Options) -> int:
+    from pipeline.stages import evaluate_released_test_set
+
+    evaluate_released_test_set.run(load_params(paths.PARAMS), options.name, check_variant(options.variant))
+    return 0
+
+
 def _compare_with_paper(_: Options) -> int:
     from pipeline.stages import compare_with_paper
 
@@ -77,6 +98,9 @@ STAGES: dict[str, tuple[Callable[[Options], int], tuple[str, ...]]] = {
     **{task.training_stage: (partial(_train, task=name), ("variant", "seed")) for name, task in TASKS.items()},
     **{task.evaluation_stage: (partial(_evaluate, task=name), ("variant", "seed")) for name, task in TASKS.items()},
     "evaluate_released": (_evaluate_released, ("variant",)),
+    "convert_test_set": (_convert_test_set, ("name",)),
+    "evaluate_test_set": (_evaluate_test_set, ("name", "variant", "seed")),
+    "evaluate_released_test_set": (_evaluate_released_test_set, ("name", "variant")),
     "compare_with_paper": (_compare_with_paper, ()),
 }
 """What each stage of dvc.yaml runs, and its arguments."""

@@ -16,7 +16,8 @@ from pipeline.errors import UserError, unknown
 from pipeline.variants import VARIANTS, find_variant
 
 VARIANT_NAMES = tuple(VARIANTS)
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "tf32", "fp32"]
+"""`pipeline.device.autocast` says what each is."""
 
 
 def check_variant(variant: str) -> str:
@@ -49,6 +50,11 @@ class Ade20kData(Strict):
     num_classes: int = Field(gt=1, lt=255, description="without 'other', which is label 0 on disk")
 
 
+class TestSets(Strict):
+    root: str = Field(description="folder with v2/, a/, r/ and sketch/, one folder per class in each")
+    names: list[Literal["v2", "a", "r", "sketch"]] = Field(description="those that are there; empty: none is measured")
+
+
 class ClassificationRecipe(Strict):
     """One variant's whole training recipe. Values of the paper: `experiments/base.yaml`."""
 
@@ -74,7 +80,7 @@ class ClassificationRecipe(Strict):
     random_resized_crop_ratio: tuple[float, float]
     horizontal_flip: float = Field(ge=0, le=1)
     rand_augment: Literal["rand-m9-mstd0.5-inc1"] | None
-    precision: Precision = Field(description="'auto' is bf16 where the device computes it, else fp32")
+    precision: Precision = Field(description="see `Precision`; 'auto' is bf16 where the device computes it, else fp32")
 
     @property
     def learning_rate(self) -> float:
@@ -113,14 +119,13 @@ class SegmentationRecipe(Strict):
     weight_decay: float = Field(ge=0)
     betas: tuple[float, float]
     epsilon: float = Field(gt=0)
-    drop_path_rate: float = Field(ge=0, lt=1)
     scale: tuple[int, int] = Field(description="long and short side the image is fitted into, pixels")
     ratio_range: tuple[float, float]
     crop_size: int = Field(gt=0, description="pixels")
     max_category_ratio: float = Field(gt=0, le=1, description="crops where one class fills more are redrawn")
     horizontal_flip: float = Field(ge=0, le=1)
     photometric_distortion: bool
-    precision: Precision = Field(description="'auto' is bf16 where the device computes it, else fp32")
+    precision: Precision = Field(description="see `Precision`; 'auto' is bf16 where the device computes it, else fp32")
 
     def total_steps(self, images: int) -> int:
         """Optimiser steps of the whole training, whatever the number of images."""
@@ -183,6 +188,7 @@ class Params(Strict):
     seeds: list[int] = Field(min_length=1)
     imagenet: ImageNetData
     ade20k: Ade20kData
+    test_sets: TestSets
     classification: Classification
     segmentation: Segmentation
     evaluation: Evaluation

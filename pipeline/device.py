@@ -5,10 +5,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
+
+from pipeline.config import Precision
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,23 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def autocast(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> torch.autocast:
-    """The autocast context for a recipe's `precision`."""
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The autocast context for a recipe's `precision`; whether float32 products use TF32 is set for what follows, too.
+
+    `bf16` is bfloat16 autocast; `auto` is that where the device has it in hardware, else `fp32`. With `tf32` a GPU uses
+    TF32 for products and convolutions of float32, as PyTorch 1.8 did by default; with `fp32` it does not.
+    """
+    if device.type == "cuda":
+        products = "tf32" if precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = products
+        torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
     enabled = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def precision_in_use(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> str:
-    """What `precision` came to on this device: 'bf16' or 'fp32'."""
-    return "bf16" if autocast(device, precision)._enabled else "fp32"
+def precision_in_use(device: torch.device, precision: Precision) -> str:
+    """What `precision` came to on this device: 'bf16', 'tf32' or 'fp32'."""
+    if autocast(device, precision)._enabled:
+        return "bf16"
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32" if precision == "tf32" and has_tf32 else "fp32"

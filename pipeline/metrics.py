@@ -55,10 +55,10 @@ class ConfusionMatrix:
         """This rank's pixels `(C, C)`, int64: row = label, column = prediction."""
 
     @torch.no_grad()
-    def update(self, predictions: Tensor, labels: Tensor) -> None:
+    def update(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Add predictions in [0, C) and labels in [0, C) or `ignore_index`: integers, same shape.
 
-        Raises ValueError for another shape or for a value out of range.
+        Returns the added pixels `(C, C)`, int64. Raises ValueError for another shape or for a value out of range.
         """
         if predictions.shape != labels.shape:
             raise ValueError(
@@ -75,6 +75,7 @@ class ConfusionMatrix:
                 )
         cells = torch.bincount(rows * self.num_classes + columns, minlength=self.num_classes**2)
         self.counts += cells.view_as(self.counts)
+        return cells.view_as(self.counts)
 
     def compute(self) -> dict[str, float]:
         """`mIoU`, `aAcc` and `mAcc` in percent, unrounded, over the pixels of all ranks.

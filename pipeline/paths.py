@@ -77,6 +77,11 @@ def predictions(stage: str, name: str) -> Path:
     return Path("predictions") / stage / f"{name}.parquet"
 
 
+def released_predictions(variant: str) -> Path:
+    """The same for the released weights of one variant: a file for each task whose weights are there."""
+    return Path("predictions/evaluate_released") / variant
+
+
 def run(stage: str, name: str) -> Path:
     """The run directory: config, fingerprint, log, metrics, checkpoints, job record. Outlives a rerun of its stage."""
     return RUNS / stage / name

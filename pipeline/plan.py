@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import cluster, paths
-from pipeline.catalogue import DATA_SETS, TASKS
+from pipeline.catalogue import COMPARISONS, DATA_SETS, TASKS
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.paper import label, numbers
+from pipeline.paper.spread import Spread
 from pipeline.tasks.classification.description import CLASSIFIER
 from pipeline.tasks.description import DataSet, Task
 from pipeline.variants import VARIANTS
@@ -87,6 +88,31 @@ def show(console: Console, price_per_gpu_hour: float | None) -> None:
             "The hours are one RTX 3090's. For this cluster's own, rehearse with a few steps (see "
             "experiments/rehearsal/), then plan again."
         )
+    if params.comparable:
+        for line in powers(params):
+            console.print(line)
+
+
+def powers(params: Params) -> Iterator[str]:
+    """What the verdicts on this many seeds will be able to show, and on five: a sentence for each table."""
+    seeds = len(params.seeds)
+    for comparison in COMPARISONS:
+        if comparison.task.variants(params):
+            prior = comparison.rule.prior
+            yield (
+                f"{comparison.short_title}, {_seeds(seeds)}: {comparison.rule.metric} within "
+                f"±{prior.tolerance(seeds):.2f} of the paper's counts as reproduced; a model "
+                f"{_points(prior, seeds)} short is found with a probability of 80 % (five seeds: {_points(prior, 5)}), "
+                f"one that is 1.0 short with {prior.power(seeds, 1.0):.0%}. One seed alone is never called outside."
+            )
+
+
+def _seeds(seeds: int) -> str:
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def _points(prior: Spread, seeds: int) -> str:
+    return f"{prior.smallest_shortfall(seeds):.2f} points"
 
 
 def forecast(params: Params) -> Iterator[Forecast]:

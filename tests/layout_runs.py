@@ -64,7 +64,6 @@ SEGMENTATION = SegmentationRecipe(
     weight_decay=1e-4,
     betas=(0.9, 0.999),
     epsilon=1e-8,
-    drop_path_rate=0.0,
     scale=(256, 64),
     ratio_range=(0.5, 2.0),
     crop_size=64,

@@ -154,3 +154,11 @@ def test_photos_differ_and_stay_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.abs(np.median(sizes, axis=0) - (500, 375)).max() < 40
     copy_images(tmp_path / "once", tmp_path / "some", 16)
     assert len(list((tmp_path / "some").glob("*/*"))) == 16
+
+
+def test_library_versions_differ_where_the_docs_say(tmp_path: Path) -> None:
+    done = bench("--draws", "2000", "--crops", "40", "--output", str(tmp_path), module="benchmarks.library_versions")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "library_versions.csv").set_index("what")
+    assert 0.3 < table.loc["CutMix box, timm 0.5 against 1.0.31", "share_affected"] < 0.6
+    assert table.loc["resized crop, Pillow 8 against 13", "share_affected"] < 0.4

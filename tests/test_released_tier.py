@@ -12,6 +12,9 @@ from conftest import Checkout
 from PIL import Image
 from released_format import authors_state, mmseg_state
 
+from pipeline.tasks.classification.description import file_of_timm
+from pipeline.tasks.classification.test_sets import real_accuracy
+
 pytestmark = pytest.mark.slow
 
 CLASSES, SCENES = 1000, 2
@@ -25,6 +28,15 @@ def write_imagenet(root: Path) -> None:
         folder.mkdir(parents=True)
         pixels = random.integers(0, 256, (8, 10, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((50, 40)).save(folder / f"ILSVRC2012_val_{index:08d}.JPEG", quality=90)
+
+
+def write_imagenet_a(root: Path) -> None:
+    """One image for each of ImageNet-A's 200 classes."""
+    random = np.random.default_rng(1)
+    for synset in file_of_timm("imagenet_a_synsets.txt").read_text().split():
+        (root / synset).mkdir(parents=True)
+        pixels = random.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((50, 40)).save(root / synset / "0.jpg", quality=90)
 
 
 def write_ade20k(root: Path) -> None:
@@ -57,12 +69,14 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, str]:
     """A checkout in which the released tier has run, and the name of the segmenter's file."""
     checkout = Checkout(tmp_path_factory.mktemp("released"))
     write_imagenet(checkout.folder / "data/imagenet")
+    write_imagenet_a(checkout.folder / "data/test_sets/a")
     write_ade20k(checkout.folder / "data/ade20k")
     name = write_weights(checkout.folder / "released")
     checkout.pipeline(
         "compose",
         "scale=released",
         "released.variants=[poolformer_s12,poolformer_s24]",
+        "test_sets.names=[a]",
         "evaluation.segmentation.multi_scale_ratios=[0.5]",  # six ratios would take minutes here
     )
     checkout.run("dvc", "repro")
@@ -99,7 +113,8 @@ def test_the_tables_have_the_released_column_and_a_verdict(released: tuple[Check
     table4 = pd.read_csv(checkout.folder / "reports/table4_ade20k.csv").set_index("model")
     for table, file in ((table2, "poolformer_s12.pth.tar"), (table4, name)):
         row = table.loc["poolformer_s12"]
-        assert row["verdict"].startswith("outside: released weights"), "weights of random numbers"
+        assert row["verdict"].startswith("not comparable: "), "these are not all images"
+        assert "in place of" in row["verdict"]
         assert row["released_file"] == file
         assert row["seeds"] == 0
         assert "missing" in table.loc["poolformer_s24", "verdict"]
@@ -111,10 +126,31 @@ def test_the_tables_have_the_released_column_and_a_verdict(released: tuple[Check
     )
 
 
+def test_further_labels_and_images_have_their_columns(released: tuple[Checkout, str]) -> None:
+    """ReaL from the predictions, ImageNet-A among its own 200 classes."""
+    checkout, _ = released
+    table2 = pd.read_csv(checkout.folder / "reports/table2_imagenet.csv").set_index("model")
+    row = table2.loc["poolformer_s12"]
+    assert (row["real_published"], row["a_published"], row["v2_published"]) == (84.032, 6.56, 65.6)
+    predictions = pd.read_parquet(checkout.folder / "predictions/evaluate_released/poolformer_s12/classifier.parquet")
+    folder = checkout.folder / "data/imagenet/val"
+    files = [path.name for path in sorted(folder.glob("*/*.JPEG"))]
+    expected = real_accuracy(files, predictions["predicted"].tolist())
+    assert row["real_released"] == pytest.approx(expected["real_top1"], abs=1e-6)
+    result = checkout.folder / "runs/evaluate_released_test_set/a-poolformer_s12/out"
+    guesses = pd.read_parquet(result / "predictions.parquet")
+    assert (guesses["label"].tolist(), max(guesses["predicted"].str[0]) < 200) == (list(range(200)), True)
+    top1 = 100 * (guesses["predicted"].str[0] == guesses["label"]).mean()
+    assert row["a_released"] == pytest.approx(top1)
+    notes = (checkout.folder / "reports/table2_imagenet.md").read_text()
+    assert "Not comparable: 200 images in place of 7,500." in notes
+
+
 def test_nothing_was_trained_and_no_training_image_converted(released: tuple[Checkout, str]) -> None:
     checkout, _ = released
     assert not (checkout.folder / "models").exists()
     assert sorted(path.name for path in (checkout.folder / "data/beton").rglob("*.beton")) == [
+        "a.beton",
         "val.beton",
         "validation.beton",
     ]
@@ -161,6 +197,7 @@ def test_data_that_is_not_the_papers_is_one_clear_line(
 ) -> None:
     checkout = Checkout(tmp_path)
     write_imagenet(checkout.folder / "data/imagenet")
+    write_imagenet_a(checkout.folder / "data/test_sets/a")
     write_ade20k(checkout.folder / "data/ade20k")
     if spoil == "class":
         folder = checkout.folder / "data/imagenet/val/n00000007"

@@ -307,3 +307,6 @@ def test_find_released_lists_what_is_there(tmp_path: Path) -> None:
     (tmp_path / RELEASED_SEGMENTERS["poolformer_s24"]).touch()
     found = find_released(tmp_path, RELEASED_SEGMENTERS)
     assert found["poolformer_s24"].name.endswith("20220503_222049-394a7cf7.pth")
+    (tmp_path / "fpn_poolformer_s24_ade20k_40k.pth").touch()
+    found = find_released(tmp_path, RELEASED_SEGMENTERS)
+    assert found["poolformer_s24"].name == "fpn_poolformer_s24_ade20k_40k.pth", "the authors' own comes first"

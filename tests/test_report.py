@@ -172,7 +172,7 @@ def test_all_files_are_written_and_one_row_for_each_model(tmp_path: Path) -> Non
     names |= {
         f"{name}.{kind}" for name in ("accuracy_macs", "accuracy_params", "miou_params") for kind in ("svg", "png")
     }
-    assert {path.name for path in tmp_path.iterdir()} == names | {"index.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"index.html", "claims.csv", "paired_tests.csv"}
     contract = {"params_m", "paper", "released", "measured", "seeds", "difference", "verdict"}
     for name in ("table2_imagenet", "table4_ade20k"):
         table = csv(tmp_path, name)
@@ -253,7 +253,7 @@ def test_released_weights_fill_their_column_and_a_missing_file_is_named(tmp_path
         released_segmentation=released_files("segmentation", "poolformer_s12"),
     )
     table2, table4 = csv(tmp_path, "table2_imagenet"), csv(tmp_path, "table4_ade20k")
-    assert table2["released"].tolist()[:4] == [77.238, 80.294, 81.428, 82.104]
+    assert table2["released"].tolist()[:4] == [77.230, 80.316, 81.416, 82.110]
     assert table2["verdict"].tolist() == ["within: released weights"] * 4 + ["missing: poolformer_m48.pth.tar"]
     assert table2["measured"].isna().all()
     assert table4.loc["poolformer_s24", "released_published"] == 40.36, "mmseg's file is held against mmseg's number"
@@ -450,3 +450,57 @@ def test_pictures_have_their_pixels_and_a_legend_of_what_they_show(tmp_path: Pat
     colours = dict(shown.legend)
     assert "#{:02x}{:02x}{:02x}".format(*label.getpixel((0, 1))[:3]) == colours["sky"]
     assert "#{:02x}{:02x}{:02x}".format(*label.getpixel((0, 5))[:3]) == colours["wall"]
+
+
+def test_a_subset_of_the_images_is_never_within_or_outside(tmp_path: Path) -> None:
+    """Neither of the images that are counted nor of those that were trained on, the backbone's among them."""
+    classifiers = classifier_runs({"poolformer_s12": [77.2], "poolformer_s24": [80.3], "poolformer_s36": [81.4]})
+    classifiers.loc[0, "images"] = 10_000
+    classifiers.loc[1, "training_images"] = 100_000
+    classifiers.loc[2, "training_images"] = 1_281_167
+    segmenters = segmenter_runs({"poolformer_s12": [37.2], "poolformer_s24": [40.3]})
+    segmenters.loc[0, "backbone_images"] = 100_000
+    released = released_files("classification", "poolformer_m48").assign(images=5_000)
+    report(tmp_path, classification=classifiers, segmentation=segmenters, released_classification=released)
+    table2, table4 = csv(tmp_path, "table2_imagenet"), csv(tmp_path, "table4_ade20k")
+    assert table2.loc["poolformer_s12", "verdict"] == (
+        "not comparable: 10,000 images of ImageNet's val in place of 50,000"
+    )
+    assert "100,000 images of ImageNet's train in place of 1,281,167" in table2.loc["poolformer_s24", "verdict"]
+    assert table2.loc["poolformer_s36", "verdict"] == "within"
+    assert "100,000 images of ImageNet's train in place of" in table4.loc["poolformer_s12", "verdict"]
+    assert table4.loc["poolformer_s24", "verdict"] == "within"
+    assert table2["released_verdict"].str.startswith("not comparable: 5,000 images").sum() == 4
+    assert table2.loc[["poolformer_s12", "poolformer_s24"], "difference"].isna().all()
+
+
+def test_the_tables_findings_stand_under_it(tmp_path: Path) -> None:
+    short = {"poolformer_s12": [36.5], "poolformer_s24": [39.6], "poolformer_s36": [41.3], "poolformer_m36": [41.7]}
+    report(tmp_path, segmentation=segmenter_runs(short))
+    page = (tmp_path / "index.html").read_text()
+    assert "Over 4 rows the measured numbers are 0.70 points below the paper" in page
+    assert "the table as a whole is short" in page
+    assert "does not tell apart PoolFormer-S36, PoolFormer-M36, PoolFormer-M48" in page
+    assert "sd between seeds, 0.35 points, is pooled over mmsegmentation pull request 2191; official issue 19" in page
+    assert "the table as a whole is short" in (tmp_path / "table4_ade20k.md").read_text()
+
+
+def test_claims_are_judged_by_what_was_measured(tmp_path: Path) -> None:
+    report(tmp_path)
+    claims = pd.read_csv(tmp_path / "claims.csv").set_index("predicate")
+    assert claims.loc["S24 > 80", "outcome"] == "fails", "S24 was measured at 79.0"
+    assert claims.loc["S36 > PVT_Medium", "outcome"] == "fails"
+    assert claims.loc["(M36 > DeiT_B) & (M36 > ResMLP_B24)", "outcome"] == "holds"
+    assert claims.loc["identity >= 74", "outcome"] == "not measured"
+    report(tmp_path, comparable=False, reason=REASON)
+    assert set(pd.read_csv(tmp_path / "claims.csv")["outcome"]) == {"not measured"}
+
+
+def test_paired_tests_are_shown(tmp_path: Path) -> None:
+    row = {"table": "Table 2", "variant": "poolformer_s12", "seed": 0, "difference": 0.5, "low": -0.1, "high": 1.1}
+    paired = pd.DataFrame([{**row, "p": 0.08, "only_here": 1250, "only_there": 1000}])
+    report(tmp_path, paired=paired)
+    assert pd.read_csv(tmp_path / "paired_tests.csv")["only_here"].tolist() == [1250]
+    page = (tmp_path / "index.html").read_text()
+    for text in ("Table 2: PoolFormer-S12, seed 0", "-0.10 to +1.10", "<td>1250</td>", "<td>0.08</td>"):
+        assert text in page

@@ -4,19 +4,24 @@ The reference below says in plain numpy and cv2 what mmseg's transforms do, and 
 numbers in the same order.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 import torch
 from ffcv.reader import Reader
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torch import nn
 
+from pipeline import device
+from pipeline.cluster import Profile
 from pipeline.data import (
     convert_segmentation_folder,
     segmentation_eval_loader,
@@ -26,6 +31,7 @@ from pipeline.data.manifest import read_manifest, verify_beton
 from pipeline.data.segmentation import SegmentationAugmentation, SegmentationBatch
 from pipeline.data.segmentation_pixels import distort, draw_crop
 from pipeline.errors import UserError
+from pipeline.tasks.segmentation import evaluation
 
 pytestmark = pytest.mark.timeout(120)  # a loader that loses an exception waits for ever
 
@@ -405,3 +411,84 @@ def test_what_cannot_be_loaded_is_refused(beton: Path, tmp_path: Path) -> None:
     cut.write_bytes(beton.read_bytes()[:-1])
     with pytest.raises(UserError, match="is cut short"):
         segmentation_eval_loader(cut, workers=1)
+
+
+class StandIn(nn.Module):
+    """Takes the place of the segmenter: some logits at stride 4, in float64, that follow from the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(3, CLASSES, 7, stride=4, padding=3, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.mix.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.mix(images.double())
+
+
+def bilinear(x: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.float64]:
+    """`(C, h, w)` to `(C, height, width)`, pixel centres at halves, edges repeated."""
+    for axis, size in ((1, height), (2, width)):
+        centres = np.clip((np.arange(size) + 0.5) * x.shape[axis] / size - 0.5, 0, None)
+        low = np.minimum(centres.astype(int), x.shape[axis] - 1)
+        high = np.minimum(low + 1, x.shape[axis] - 1)
+        share = (centres - low).reshape((-1, 1) if axis == 1 else (1, -1))
+        x = np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share
+    return x
+
+
+def mmsegs_miou(scenes: Path, model: nn.Module, divisor: int | None, ratios: Sequence[float], flip: bool) -> float:
+    """By mmsegmentation's procedure: to the network input's size, to the image's, softmax, mean, one matrix for all."""
+    confusion = np.zeros((CLASSES, CLASSES))
+    for image, mask in samples(scenes):
+        height, width = image.shape[:2]
+        total = np.zeros((CLASSES, height, width))
+        for ratio in ratios:
+            factor = min(int(256 * ratio) / max(height, width), int(70 * ratio) / min(height, width))
+            size = [int(side * factor + 0.5) for side in (width, height)]
+            pixels = cv2.resize(image, size)
+            if divisor:
+                size = [-(-side // divisor) * divisor for side in size]
+                pixels = cv2.resize(pixels, size)
+            x = torch.from_numpy(pixels[..., ::-1].transpose(2, 0, 1).astype(np.float32))
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+            for mirrored in (False, True) if flip else (False,):
+                normalised = ((x - mean) / std)[None]
+                with torch.no_grad():
+                    logits = model(normalised.flip(3) if mirrored else normalised)[0].numpy()
+                logits = bilinear(bilinear(logits, size[1], size[0]), height, width)
+                share = np.exp(logits - logits.max(0))
+                share /= share.sum(0)
+                total += share[..., ::-1] if mirrored else share
+        predicted, counted = total.argmax(0), mask > 0
+        np.add.at(confusion, (mask[counted] - 1, predicted[counted]), 1)
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return float(100 * np.nanmean(confusion.diagonal()[union > 0] / union[union > 0]))
+
+
+def test_miou_is_that_of_mmsegs_own_procedure_on_odd_sizes(
+    scenes: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = StandIn()
+    monkeypatch.setattr(evaluation, "create_segmenter", lambda variant, classes: model)
+    monkeypatch.setattr(evaluation, "load_released", lambda model, path: model)
+    monkeypatch.setattr(evaluation, "count_macs", lambda model, size: 0)
+    ratios = [0.5, 1.0, 1.75]
+    settings = {"scale": [256, 70], "size_divisor": 32, "multi_scale_ratios": ratios, "precision": "fp32"}
+    arguments = {"variant": "poolformer_s12", "num_classes": CLASSES, "beton": str(beton), "weights": "none"}
+    evaluation.evaluate(device.alone(), tmp_path, Profile(kind="local"), settings=settings, **arguments)
+    measured = json.loads((tmp_path / "out/metrics.json").read_text())
+    for key, divisor, many in (
+        ("miou", None, False),
+        ("miou_aligned", 32, False),
+        ("miou_ms_flip", None, True),
+        ("miou_aligned_ms_flip", 32, True),
+    ):
+        expected = mmsegs_miou(scenes, model, divisor, ratios if many else [1.0], flip=many)
+        assert measured[key] == pytest.approx(expected, abs=1e-9), key
+    counts = pd.read_parquet(tmp_path / "out/predictions.parquet")
+    assert sorted(set(counts["sample_id"])) == list(range(8))
+    sums = counts.groupby("class").sum()
+    iou = sums["correct"] / (sums["labelled"] + sums["predicted"] - sums["correct"])
+    assert 100 * iou.mean() == pytest.approx(measured["miou_aligned"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.paper.paired import Paired
 from pipeline.paper.verdict import Rule
 from pipeline.tasks.description import Task
 
@@ -93,6 +94,10 @@ class Comparison:
     """Prefixes of parameters that no number of this table depends on."""
     fields_of_training: tuple[str, ...]
     """Prefixes of parameters that released weights do not depend on, beyond those."""
+    remarks: Callable[[Row], list[str]] = lambda row: []
+    """Sentences on a row's further numbers, for the notes; asked for where the images are the paper's."""
+    paired: Callable[[pd.DataFrame, pd.DataFrame], Paired] | None = None
+    """A training's predictions against the released weights'; None: they are not compared."""
     figures: tuple[Figure, ...] = ()
     notes: tuple[str, ...] = field(default=())
 

@@ -4,11 +4,25 @@ from typing import Any
 
 from pipeline.comparisons.description import Column, Comparison, Figure, Row
 from pipeline.paper import label, numbers
-from pipeline.paper.verdict import TOP1
-from pipeline.tasks.classification.description import CLASSIFIER
+from pipeline.paper.paired import compare_top1
+from pipeline.paper.verdict import TOP1, judge_released
+from pipeline.tasks.classification.description import CLASSIFIER, IMAGENET, TEST_SETS
+
+FURTHER = {"real": "ReaL labels", **{name: test_set.title for name, test_set in TEST_SETS.items()}}
+"""Further labels and images: prefix of their numbers, and title."""
 
 
 def _cells(row: Row, judged: dict[str, Any]) -> dict[str, Any]:
+    published = numbers("released_imagenet", label(row.variant))
+    further = {
+        f"{name}_{column}": value
+        for name in FURTHER
+        for column, value in (
+            ("published", published.get(f"{name}_top1")),
+            ("released", row.file.get(f"{name}_top1")),
+            ("measured", row.mean(f"{name}_top1")),
+        )
+    }
     return {
         "params_m": row.property("parameters", 1e-6),
         "macs_g": row.property("macs_g"),
@@ -21,7 +35,25 @@ def _cells(row: Row, judged: dict[str, Any]) -> dict[str, Any]:
         "images": row.mean("images"),
         "train_images_per_s": row.mean("train_images_per_s"),
         "gpu_hours": row.mean("gpu_hours"),
+        **further,
     }
+
+
+def _remarks(row: Row) -> list[str]:
+    """The released weights on further labels and images, against what timm published of them."""
+    published, remarks = numbers("released_imagenet", label(row.variant)), []
+    for name, title in FURTHER.items():
+        value, expected = row.file.get(f"{name}_top1"), published.get(f"{name}_top1")
+        images = row.file.get("images" if name == "real" else f"{name}_images")
+        wanted = IMAGENET.splits[IMAGENET.evaluation].images if name == "real" else TEST_SETS[name].images
+        if value is not None and expected is not None:
+            complete = images == wanted
+            reason = "" if complete else f"{images:,.0f} images in place of {wanted:,}"
+            verdict = judge_released(
+                value, expected, rule=TOP1, file=f"{row.file['file']} on {title}", comparable=complete, reason=reason
+            )
+            remarks.append(verdict.sentence)
+    return remarks
 
 
 def _published(row: Row) -> float | None:
@@ -51,13 +83,20 @@ TABLE2 = Comparison(
         Column("", "Seeds", "seeds", 0, terminal="Seeds"),
         Column("", "Verdict", "verdict", terminal="Verdict"),
         Column("Top-5, %", "measured", "measured_top5"),
+        *(
+            Column(f"{title}, %", column, f"{name}_{key}")
+            for name, title in FURTHER.items()
+            for key, column in (("published", "timm"), ("released", "released"), ("measured", "measured"))
+        ),
         Column("Training", "images/s", "train_images_per_s", 0),
         Column("Training", "GPU-hours", "gpu_hours", 0),
     ),
     cells=_cells,
     published=_published,
+    remarks=_remarks,
     fields_of_others=("ade20k.", "segmentation.", "evaluation.segmentation."),
     fields_of_training=("classification.", "segmentation."),
+    paired=compare_top1,
     figures=(
         Figure(
             "accuracy_macs",

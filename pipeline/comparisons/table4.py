@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.comparisons.description import Column, Comparison, Figure, Row
 from pipeline.paper import label, numbers, released_file
+from pipeline.paper.paired import compare_miou
 from pipeline.paper.verdict import MIOU
 from pipeline.tasks.segmentation.description import SEGMENTER
 
@@ -32,6 +33,7 @@ def _cells(row: Row, judged: dict[str, Any]) -> dict[str, Any]:
         "measured_miou_ms_flip": row.mean("miou_ms_flip"),
         "measured_miou_aligned_ms_flip": row.mean("miou_aligned_ms_flip"),
         "aacc": row.mean("aacc"),
+        "macc": row.mean("macc"),
         "images": row.mean("images"),
         "train_memory_gb": row.mean("train_memory_gb"),
         "train_images_per_s": row.mean("train_images_per_s"),
@@ -85,6 +87,7 @@ TABLE4 = Comparison(
     published=_published,
     fields_of_others=("evaluation.classification.",),
     fields_of_training=("classification.", "segmentation.", "imagenet."),
+    paired=compare_miou,
     figures=(
         Figure(
             "miou_params",

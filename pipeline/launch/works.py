@@ -1,6 +1,7 @@
 """A task's training and evaluation as works: the calls that run as jobs, with their arguments and inputs."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pipeline.config import Params
 from pipeline.errors import UserError, unknown
 from pipeline.launch.fingerprint import Upstream, Work
 from pipeline.launch.submission import Run, find_run
+from pipeline.tasks.classification.description import CLASSIFIER, classes_of
 from pipeline.tasks.description import Task
 
 
@@ -63,8 +65,18 @@ def evaluation_of_released(params: Params, task: Task, variant: str, weights: Pa
     return _evaluation(params, task, variant, "evaluate_released", f"{variant}-{task.name}", weights)
 
 
-def _evaluation(params: Params, task: Task, variant: str, stage: str, name: str, weights: Path) -> Work:
-    beton = task.data.beton(task.data.evaluation)
+def on_test_set(params: Params, test_set: str, variant: str, name: str, weights: Path, stage: str) -> Work:
+    """The evaluation of a classifier's weights on one of `test_sets`."""
+    beton = paths.beton("test_sets", test_set)
+    classes = classes_of(_class_folders(beton), test_set, beton)
+    work = _evaluation(params, CLASSIFIER, variant, stage, f"{test_set}-{name}", weights, beton)
+    return replace(work, arguments=work.arguments | {"classes": classes})
+
+
+def _evaluation(
+    params: Params, task: Task, variant: str, stage: str, name: str, weights: Path, beton: Path | None = None
+) -> Work:
+    beton = beton or task.data.beton(task.data.evaluation)
     return Work(
         stage=stage,
         name=name,
@@ -108,6 +120,13 @@ def training_folder(params: Params, task: Task, variant: str, seed: int) -> Path
         return None
     folder = find_run(Run.of(work))
     return folder if folder is not None and (folder / "done").exists() else None
+
+
+def _class_folders(beton: Path) -> list[str]:
+    """Of a .beton of images by class, by its manifest: in the order of the labels."""
+    with paths.manifest(beton).open(newline="") as file:
+        folders = {int(row["label"]): row["path"].partition("/")[0] for row in csv.DictReader(file)}
+    return [folders[label] for label in sorted(folders)]
 
 
 def samples(beton: Path) -> int:

@@ -36,6 +36,12 @@ RELEASED_SEGMENTERS: Mapping[str, str] = {
 }
 """mmsegmentation's files (its configs/poolformer page links them): date, time, SHA-256 prefix."""
 
+AUTHORS_SEGMENTERS: Mapping[str, str] = {
+    name: f"fpn_{variant}_ade20k_40k.pth" for variant, name in RELEASED_SEGMENTERS.items()
+}
+"""By mmsegmentation's name the authors' own file, which Table 4 was measured on. They share it without a name that is
+known here (the official repository's segmentation/README.md links it); this is their configuration's."""
+
 RELEASED_CLASSIFIERS: Mapping[str, str] = {variant: f"{variant}.pth.tar" for variant in RELEASED_SEGMENTERS}
 """The authors' files: github.com/sail-sg/poolformer, release v1.0."""
 
@@ -43,10 +49,14 @@ RELEASED_CLASSIFIERS: Mapping[str, str] = {variant: f"{variant}.pth.tar" for var
 def find_released(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
     """Variant -> file, for those of RELEASED_CLASSIFIERS or RELEASED_SEGMENTERS in `folder`.
 
-    A segmenter's file of another date and hash is taken if the listed one is not there.
+    The authors' own segmenter comes first. A segmenter's file of another date and hash is taken if the listed one is
+    not there.
     """
     found = {}
     for variant, name in names.items():
+        if (own := folder / AUTHORS_SEGMENTERS.get(name, name)).exists():
+            found[variant] = own
+            continue
         pattern = re.sub(r"_\d{8}_\d{6}-[0-9a-f]{8}", "_*", name)
         files = sorted(folder.glob(pattern), key=lambda path: (path.name == name, path.name))
         if files:

@@ -15,7 +15,7 @@ import pandas as pd
 
 FOLDER = Path(__file__).parent
 
-WITHOUT_NUMBERS = ("recipe", "protocol", "released_files", "disagreements")
+WITHOUT_NUMBERS = ("recipe", "protocol", "released_files", "disagreements", "claims")
 """`recipe` and `protocol` have JSON values, the others text; every other file has a number in each row."""
 TABLES = tuple(sorted(file.stem for file in FOLDER.glob("*.csv") if file.stem not in WITHOUT_NUMBERS))
 """The files of numbers."""
@@ -66,8 +66,8 @@ def released_file(task: str, variant: str) -> str:
 def recipe_differences(task: str, variant: str, recipe: Mapping[str, Any]) -> list[str]:
     """Fields of one section of the parameters that are not the paper's, as `<task>.<field>`, in the section's order.
 
-    Where the paper and its code disagree (300 or 310 epochs, batch 4096 or 1024) either value is the paper's. Fields
-    that the paper does not fix (the floating-point format) are not compared.
+    Where the paper and its code disagree (300 or 310 epochs) either value is the paper's. Fields that neither fixes
+    (the floating-point format of the classifiers) are not compared.
 
     Args:
         task: "classification" or "segmentation" (training recipes), "evaluation.classification",

@@ -7,41 +7,41 @@ within 0.05 points of the published measurement of the same file, and `outside` 
 the rounding of another processor and for nothing else.
 
 A retraining is one draw from a distribution, and so is the paper's number, whose seed is unknown. The mean over the
-seeds is `within` when it is no farther from the paper than the tolerance: for top-1 the larger of 0.3 points and two
-standard deviations between seeds, for mIoU 1.1 points (mmsegmentation trained each segmenter five times: standard
-deviations 0.28 to 0.45, means up to 1.02 below the paper). One seed has no standard deviation: far from the paper
-it is `inconclusive`, not `outside`. `within` means "no evidence against the paper's number at this many seeds", which
-is weaker with one seed than with five; so the number of seeds and the tolerance are part of every verdict.
+seeds is `within` when it lies in the 95 % prediction interval around the paper's number (`pipeline.paper.spread`): of
+true reproductions 95 in 100 do. `within` means "no evidence against the paper's number at this many seeds", which is
+weaker with one seed than with five; so the number of seeds and the tolerance are part of every verdict. One seed that
+is farther from the paper is `inconclusive`, not `outside`. So are a seed that is not finite, and seeds that differ far
+more than such runs do (a diverged one among them), where an average would hide what happened.
 
-Two cases where an average would hide what happened are `inconclusive` as well: a seed that is not finite, and seeds
-that differ so much (two standard deviations above 1 point, say after a diverged run) that the tolerance would no longer
-tell one variant of the paper from another.
+Rows that are all a little short are each `within`; `judge_table` looks at them together.
 """
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from pipeline.paper.spread import Spread, public_reruns, with_own
 
 Status = Literal["within", "outside", "inconclusive", "not comparable", "not in the paper", "missing"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How far a retraining may be from the paper's number, in points."""
+    """What is known of a metric's spread between seeds before one has trained anything."""
 
     metric: str
     """As sentences name it."""
-    tolerance: float
-    widest: float | None = None
-    """Two standard deviations between seeds count where they are more, up to this; None: they do not count."""
+    prior: Spread
 
 
-TOP1 = Rule("top-1", 0.3, widest=1.0)
-"""S36 and M48 are 1.1 apart in Table 2."""
-MIOU = Rule("mIoU", 1.1)
+TOP1 = Rule("top-1", Spread(0.11, 20, "an assumed sd of 0.11, for want of public reruns, with 20 degrees of freedom"))
+"""No reruns of a PoolFormer on ImageNet are public. With an sd of 0.11 one seed has a tolerance of about 0.3 points, as
+runs of one ImageNet recipe are commonly taken to have."""
+MIOU = Rule("mIoU", public_reruns("miou_aligned"))
 RELEASED_TOLERANCE = 0.05
+RELEASED = "released weights"
 EPSILON = 1e-9
 """77.25 - 77.20 is 0.04999999999999716: a difference equal to the tolerance counts as within."""
 
@@ -64,6 +64,11 @@ class Verdict:
     """Fields of the recipe that are not the paper's."""
     sentence: str
     """The verdict in one line, with its numbers."""
+
+    @property
+    def is_diverged(self) -> bool:
+        """Whether the seeds differ so much that their mean says nothing."""
+        return self.status == "inconclusive" and self.seeds > 1
 
     @property
     def remark(self) -> str:
@@ -107,7 +112,7 @@ def judge_released(
     if not comparable:
         return _unjudged("not comparable", reason, f"Not comparable: {reason}.", fields, value, seeds=1)
     if not math.isfinite(value):
-        detail = "released weights, not finite"
+        detail = f"{RELEASED}, not finite"
         return _unjudged("outside", detail, f"{file} measured {rule.metric} {value}.", fields, seeds=1)
     difference = value - published
     status: Status = "within" if abs(difference) <= RELEASED_TOLERANCE + EPSILON else "outside"
@@ -116,7 +121,7 @@ def judge_released(
         f"({difference:+.3f}; tolerance {RELEASED_TOLERANCE:.2f}): {status}"
         + (f"; {_recipe_note(fields)}." if fields else ".")
     )
-    return Verdict(status, value, None, 1, RELEASED_TOLERANCE, difference, "released weights", fields, sentence)
+    return Verdict(status, value, None, 1, RELEASED_TOLERANCE, difference, RELEASED, fields, sentence)
 
 
 def judge_retraining(
@@ -124,6 +129,7 @@ def judge_retraining(
     paper: float | None,
     *,
     rule: Rule,
+    spread: Spread | None = None,
     comparable: bool = True,
     reason: str = "",
     recipe_differences: Sequence[str] = (),
@@ -134,6 +140,7 @@ def judge_retraining(
         values: one measurement for each seed, percent; empty when nothing was trained.
         paper: percent; None for a model that the paper lacks.
         rule: of the metric.
+        spread: pooled over the evidence and all rows of the table; None: over the evidence and these values.
         comparable: whether the images are the paper's. The demo's are not, and are never held against the paper.
         reason: why not, when they are not.
         recipe_differences: names of the recipe's fields that are not the paper's.
@@ -149,20 +156,20 @@ def judge_retraining(
     mean = statistics.fmean(values)
     sd = statistics.stdev(values) if seeds > 1 else None
     if paper is None:
-        spread = f" (sd {sd:.2f}, {seeds} seeds)" if sd is not None else " (one seed)"
-        return _unjudged("not in the paper", "", f"{rule.metric} {mean:.2f}{spread}.", fields, mean, sd, seeds)
+        between = f" (sd {sd:.2f}, {seeds} seeds)" if sd is not None else " (one seed)"
+        return _unjudged("not in the paper", "", f"{rule.metric} {mean:.2f}{between}.", fields, mean, sd, seeds)
     if not comparable:
         return _unjudged("not comparable", reason, f"Not comparable: {reason}.", fields, mean, sd, seeds)
 
-    floor = rule.tolerance
-    tolerance = max(floor, 2 * sd) if rule.widest is not None and sd is not None else floor
-    difference = mean - paper
+    own = [Spread.of(values, "")] if seeds > 1 else []
+    spread = spread or with_own(rule.prior, own)
+    tolerance, difference = spread.tolerance(seeds), mean - paper
     status: Status = "within" if abs(difference) <= tolerance + EPSILON else "outside"
     detail = ""
-    if status == "outside" and seeds == 1:
-        status, detail = "inconclusive", "one seed"
-    elif rule.widest is not None and tolerance > rule.widest and abs(difference) > floor:
+    if own and own[0].is_wider_than(rule.prior):
         status, detail = "inconclusive", f"seeds differ too much (sd {sd:.2f})"
+    elif status == "outside" and seeds == 1:
+        status, detail = "inconclusive", "one seed"
     sentence = (
         f"{rule.metric} {mean:.2f} "
         + (f"(sd {sd:.2f}, {seeds} seeds)" if sd is not None else "(one seed)")
@@ -171,6 +178,51 @@ def judge_retraining(
         + (f"; {_recipe_note(fields)}." if fields else ".")
     )
     return Verdict(status, mean, sd, seeds, tolerance, difference, detail, fields, sentence)
+
+
+@dataclass(frozen=True)
+class TableVerdict:
+    """All judged rows together: the mean of measured minus paper, points, with its 95 % interval."""
+
+    rows: int
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def sentence(self) -> str:
+        side = "below" if self.difference < 0 else "above"
+        if self.low <= 0 <= self.high:
+            finding = "no evidence of a shift of the whole table"
+        else:
+            finding = "the table as a whole is short" if self.high < 0 else "the table as a whole lies above the paper"
+        return (
+            f"Over {self.rows} rows the measured numbers are {abs(self.difference):.2f} points {side} the paper's on "
+            f"average (95 % interval {self.low:+.2f} to {self.high:+.2f}): {finding}."
+        )
+
+
+def judge_table(verdicts: Sequence[Verdict], spread: Spread) -> TableVerdict | None:
+    """The rows of retrainings that could be held against the paper, together; None with fewer than two."""
+    rows = [verdict for verdict in verdicts if verdict.difference is not None and not verdict.is_diverged]
+    if len(rows) < 2:
+        return None
+    difference = statistics.fmean(verdict.difference for verdict in rows if verdict.difference is not None)
+    variance = sum(spread.standard_error(verdict.seeds) ** 2 for verdict in rows) / len(rows) ** 2
+    half = spread.quantile() * math.sqrt(variance)
+    return TableVerdict(len(rows), difference, difference - half, difference + half)
+
+
+def not_told_apart(published: Mapping[str, float], tolerance: float) -> list[tuple[str, ...]]:
+    """Groups of models whose published numbers are so near one another that `within` one is `within` the next, too."""
+    names = sorted(published, key=lambda name: published[name])
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and published[name] - published[groups[-1][-1]] <= tolerance:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return [tuple(group) for group in groups if len(group) > 1]
 
 
 def _recipe_note(fields: Sequence[str]) -> str:

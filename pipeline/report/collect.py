@@ -1,6 +1,7 @@
 """What the report is made of, gathered from results/, runs/ and the checkout."""
 
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def measured(params: Params) -> dict[str, pd.DataFrame]:
         task, rows = comparison.task, []
         for variant, seed in [] if task.takes_released(params) else _runs(params, task):
             metrics = json.loads(paths.metrics(task.evaluation_stage, f"{variant}-{seed}").read_text())
-            rows.append({"variant": variant, "seed": seed, **metrics, **_gpu_cost(task, variant, seed)})
+            trained_on = _training_images(params, task, variant, seed)
+            further = _test_sets(params, task, "evaluate_test_set", f"{variant}-{seed}")
+            cost = _gpu_cost(task, variant, seed)
+            rows.append({"variant": variant, "seed": seed, **metrics, **further, **trained_on, **cost})
         found[comparison.name] = pd.DataFrame(rows)
     return found
 
@@ -52,12 +56,39 @@ def released(params: Params) -> dict[str, pd.DataFrame]:
         variant: json.loads(paths.metrics("evaluate_released", variant).read_text())
         for variant in params.released.variants
     }
-    return {
-        comparison.name: pd.DataFrame(
-            [{"variant": variant, **result[comparison.task.name]} for variant, result in results.items()]
-        )
-        for comparison in COMPARISONS
-    }
+    found = {}
+    for comparison in COMPARISONS:
+        task, rows = comparison.task, []
+        for variant, result in results.items():
+            further = _test_sets(params, task, "evaluate_released_test_set", variant)
+            rows.append({"variant": variant, **result[task.name], **further})
+        found[comparison.name] = pd.DataFrame(rows)
+    return found
+
+
+def _test_sets(params: Params, task: Task, stage: str, name: str) -> dict[str, float]:
+    """Top-1, top-5 and images on the further test sets, as `v2_top1`."""
+    found: dict[str, float] = {}
+    for test_set in params.test_sets.names if task.has_test_sets else ():
+        metrics = json.loads(paths.metrics(stage, f"{test_set}-{name}").read_text())
+        found |= {f"{test_set}_{key}": metrics[key] for key in ("top1", "top5", "images") if key in metrics}
+    return found
+
+
+def paired(params: Params) -> pd.DataFrame:
+    """Each training whose variant has released weights, against these: table, variant, seed, fields of `Paired`."""
+    rows = []
+    for comparison in COMPARISONS:
+        task, compare = comparison.task, comparison.paired
+        if compare is None or task.takes_released(params):
+            continue
+        for variant, seed in _runs(params, task):
+            there = paths.released_predictions(variant) / f"{task.name}.parquet"
+            if variant in params.released.variants and there.exists():
+                here = pd.read_parquet(paths.predictions(task.evaluation_stage, f"{variant}-{seed}"))
+                found = asdict(compare(here, pd.read_parquet(there)))
+                rows.append({"table": comparison.short_title, "variant": variant, "seed": seed, **found})
+    return pd.DataFrame(rows)
 
 
 def curves(params: Params) -> pd.DataFrame:
@@ -94,6 +125,16 @@ def recipe_differences_of(params: Params) -> dict[str, list[str]]:
 
 def _runs(params: Params, task: Task) -> list[tuple[str, int]]:
     return [(variant, seed) for variant in task.variants(params) for seed in params.seeds]
+
+
+def _training_images(params: Params, task: Task, variant: str, seed: int) -> dict[str, int]:
+    """How many images the training had, and that of the weights it started from."""
+    found: dict[str, int] = {}
+    for key, one in (("training_images", task), ("backbone_images", task.starts_from)):
+        if one is not None and not one.takes_released(params):
+            cost = json.loads(paths.cost(one.training_stage, variant, seed).read_text())
+            found |= {key: cost["training_images"]} if "training_images" in cost else {}
+    return found
 
 
 def _gpu_cost(task: Task, variant: str, seed: int) -> dict[str, float]:

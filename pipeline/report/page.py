@@ -1,6 +1,7 @@
 """Writes the report: the tables in four formats, the figures, and `index.html`, which needs no other file."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import jinja2
@@ -11,7 +12,9 @@ from rich.table import Table as RichTable
 
 from pipeline.catalogue import COMPARISONS
 from pipeline.paper import label, load
-from pipeline.paper.verdict import MIOU, RELEASED_TOLERANCE, TOP1
+from pipeline.paper.claims import identifier, judge_claims
+from pipeline.paper.paired import Paired
+from pipeline.paper.verdict import RELEASED_TOLERANCE
 from pipeline.paths import written_atomically
 from pipeline.report import figures
 from pipeline.report.background import Background, class_rows, cost_rows, pictures
@@ -26,6 +29,7 @@ TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 
+PAIRED = ["table", "variant", "seed", *(field.name for field in fields(Paired))]
 STATUSES = {
     "within": "✓",
     "outside": "✗",
@@ -48,6 +52,7 @@ def write_reports(
     settings: dict[str, str],
     curves: pd.DataFrame | None = None,
     background: Background | None = None,
+    paired: pd.DataFrame | None = None,
 ) -> None:
     """Write the whole report into `folder`, each file atomically. The same arguments give the same bytes.
 
@@ -56,8 +61,9 @@ def write_reports(
     Args:
         folder: made when it is not there.
         runs: by table (`table2_imagenet`, ...), a row for each (variant, seed): variant, seed, parameters, macs_g,
-            images, and the task's metrics (Table 2: top1, top5, loss; Table 4: miou, miou_aligned, aacc); optional
-            train_images_per_s, train_memory_gb, gpu_hours, images_per_s, miou_ms_flip, miou_aligned_ms_flip.
+            images (counted), and the task's metrics (Table 2: top1, top5, loss; Table 4: miou, miou_aligned, aacc);
+            optional training_images, backbone_images (how many it was trained on), train_images_per_s,
+            train_memory_gb, gpu_hours, images_per_s, and further metrics.
         released: the same by table, a row for each variant asked for: variant, file (its name), status ("measured" or
             "missing") and the same metrics; optional parameters, macs_g.
         comparable: whether the images are the paper's.
@@ -66,6 +72,7 @@ def write_reports(
         settings: what a reader needs to repeat it (commit, seeds, machine, versions), in the order to be shown.
         curves: variant, seed, task, step, metric, value.
         background: what the page tells beside the tables.
+        paired: table, variant, seed and the fields of `pipeline.paper.paired.Paired`.
     """
     background = background or Background()
     shared = Circumstances(comparable, reason, recipe_differences)
@@ -92,6 +99,10 @@ def write_reports(
         _write(folder / f"{name}.md", to_markdown(table.numbers, table.comparison, table.notes))
         _write(folder / f"{name}.tex", to_latex(table.numbers, table.comparison, table.notes))
         _write(folder / f"{name}.html", _render("table.html.j2", table=table))
+    claims = judge_claims({table.comparison.name: _cells_of_claims(table) for table in tables} if comparable else {})
+    _write(folder / "claims.csv", pd.DataFrame(map(asdict, claims)).to_csv(index=False, lineterminator="\n"))
+    tests = pd.DataFrame(columns=PAIRED) if paired is None or paired.empty else paired[PAIRED].round(6)
+    _write(folder / "paired_tests.csv", tests.to_csv(index=False, lineterminator="\n"))
     page = _render(
         "index.html.j2",
         sections=[_section(table, runs.get(table.comparison.name, nothing)) for table in tables],
@@ -99,12 +110,14 @@ def write_reports(
         classes=class_rows(background.iou) if len(background.iou) else [],
         pictures=pictures(background.pictures, background.class_names),
         cost=cost_rows(background.cost) if len(background.cost) else None,
+        claims=claims,
+        paired=tests.to_dict("records"),
         provenance=background.provenance,
         config=background.config,
         comparable=comparable,
         reason=reason,
         settings=settings,
-        retraining_tolerance={"top1": TOP1.tolerance, "miou": MIOU.tolerance},
+        rules=list({comparison.rule.metric: comparison.rule for comparison in COMPARISONS}.values()),
         released_tolerance=RELEASED_TOLERANCE,
     )
     _write(folder / "index.html", page)
@@ -139,6 +152,21 @@ def _section(table: Table, runs: pd.DataFrame) -> dict[str, object]:
         "context": context.rename_axis(columns=None).reset_index(names="model").to_html(index=False, border=0),
         "captions": {figure.name: figure.caption for figure in table.comparison.figures},
     }
+
+
+def _cells_of_claims(table: Table) -> dict[str, float]:
+    """The paper's number of each other model, and of its own what was trained, else the released weights'."""
+    comparison = table.comparison
+    cells = {identifier(str(model)): float(value) for model, value in table.context[comparison.quantity].items()}
+    for _, row in table.numbers.iterrows():
+        statuses = [table.verdicts[row["model"]].status]
+        if row["model"] in table.released:
+            statuses.append(table.released[row["model"]].status)
+        for column, status in zip(("measured", "released"), statuses, strict=False):
+            if status in ("within", "outside", "inconclusive") and pd.notna(row[column]):
+                cells[identifier(label(row["model"]))] = float(row[column])
+                break
+    return cells
 
 
 def _render(template: str, **values: object) -> str:

@@ -1,5 +1,6 @@
 """A comparison as raw numbers: the paper's, the released weights' and the measured ones, with the verdicts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,19 @@ from typing import Any
 import pandas as pd
 
 from pipeline.comparisons.description import Comparison, Row
-from pipeline.paper import Verdict, disagreements, judge_released, judge_retraining, label, numbers, wide
+from pipeline.paper import (
+    TableVerdict,
+    Verdict,
+    disagreements,
+    judge_released,
+    judge_retraining,
+    judge_table,
+    label,
+    numbers,
+    wide,
+)
+from pipeline.paper.spread import Spread, with_own
+from pipeline.paper.verdict import RELEASED, not_told_apart
 from pipeline.variants import VARIANTS
 
 
@@ -37,6 +50,10 @@ class Table:
     """By variant, on the training, or on the released weights where nothing was trained."""
     released: dict[str, Verdict]
     """By variant, on the released weights; empty where none were asked for."""
+    whole: TableVerdict | None
+    """On all rows together; None where fewer than two could be judged."""
+    findings: tuple[str, ...]
+    """What the verdicts say beyond the rows; empty where nothing can be compared."""
     notes: tuple[str, ...]
     context: pd.DataFrame
     """The other rows of the paper's table, as printed."""
@@ -48,14 +65,18 @@ def build(comparison: Comparison, runs: pd.DataFrame, released: pd.DataFrame, sh
     Numbers have six decimals: finer than one image in 50,000, free of the last bits' noise.
     """
     rows, verdicts, judged_files = [], dict[str, Verdict](), dict[str, Verdict]()
+    further: list[str] = []
     printed = wide(comparison.name)
+    spread = _spread(comparison, runs)
     for variant in _variants(printed, runs, released):
         paper = numbers(comparison.name, label(variant))
         row = Row(variant, _of(runs, variant), _released_row(released, variant), paper)
-        trained, weights = _verdicts(comparison, row, shared)
+        trained, weights = _verdicts(comparison, row, shared, spread)
         verdicts[variant] = trained if trained.seeds or weights is None else weights
         if weights is not None:
             judged_files[variant] = weights
+        if shared.comparable:
+            further += comparison.remarks(row)
         judged = {
             "paper": paper.get(comparison.quantity),
             "released": row.file.get(comparison.measured),
@@ -71,12 +92,18 @@ def build(comparison: Comparison, runs: pd.DataFrame, released: pd.DataFrame, sh
             "verdict": verdicts[variant].label,
         }
         rows.append({"model": variant, **comparison.all_cells(row, judged)})
+    trainings = [verdict for verdict in verdicts.values() if verdict.detail != RELEASED]
+    whole = judge_table(trainings, spread)
+    disagree = _disagreements(comparison)
+    findings = _findings(comparison, printed, trainings, whole, spread)
     return Table(
         comparison,
         pd.DataFrame(rows).round(6),
         verdicts,
         judged_files,
-        (*_remarks(verdicts, judged_files, shared), *comparison.notes, *_disagreements(comparison)),
+        whole,
+        findings,
+        (*findings, *_remarks(verdicts, judged_files, shared), *further, *comparison.notes, *disagree),
         printed.drop(index=[label(variant) for variant in VARIANTS if label(variant) in printed.index]),
     )
 
@@ -88,28 +115,87 @@ def _variants(printed: pd.DataFrame, runs: pd.DataFrame, released: pd.DataFrame)
     return papers + [variant for variant in VARIANTS if variant in measured and variant not in papers]
 
 
-def _verdicts(comparison: Comparison, row: Row, shared: Circumstances) -> tuple[Verdict, Verdict | None]:
+def _spread(comparison: Comparison, runs: pd.DataFrame) -> Spread:
+    """Between seeds of one training, from public reruns and from all rows with several seeds."""
+    groups = [list(group[comparison.measured]) for _, group in runs.groupby("variant")] if len(runs) else []
+    own = [Spread.of(values, "these runs") for values in groups if len(values) > 1 and all(map(math.isfinite, values))]
+    return with_own(comparison.rule.prior, own)
+
+
+def _subset(comparison: Comparison, counted: "Mapping[str, Any] | pd.Series[Any]") -> str:
+    """Which images were not all there, or more than there are; empty where the numbers are the published ones.
+
+    Args:
+        comparison: the table.
+        counted: what is known of `images`, `training_images` and `backbone_images`.
+    """
+    data, backbone = comparison.task.data, comparison.task.starts_from
+    splits = {"images": (data, data.evaluation), "training_images": (data, data.training)}
+    if backbone is not None:
+        splits["backbone_images"] = (backbone.data, backbone.data.training)
+    found = {key: counted[key] for key in splits if not pd.isna(counted.get(key))}
+    return ", ".join(
+        f"{int(number):,} images of {splits[key][0].title}'s {splits[key][1]} in place of {published:,}"
+        for key, number in found.items()
+        if number != (published := splits[key][0].splits[splits[key][1]].images)
+    )
+
+
+def _verdicts(
+    comparison: Comparison, row: Row, shared: Circumstances, spread: Spread
+) -> tuple[Verdict, Verdict | None]:
     """On the trainings, and on the released weights if they were asked for."""
+    subsets = [_subset(comparison, run) for _, run in row.runs.iterrows()]
+    reason = shared.reason or next(filter(None, subsets), "")
     trained = judge_retraining(
         [float(value) for value in row.runs[comparison.measured]] if len(row.runs) else [],
         row.paper.get(comparison.quantity),
         rule=comparison.rule,
-        comparable=shared.comparable,
-        reason=shared.reason,
+        spread=spread,
+        comparable=shared.comparable and not reason,
+        reason=reason,
         recipe_differences=shared.fields(comparison, row.variant, trained=True),
     )
     if not row.file:
         return trained, None
+    reason = shared.reason or _subset(comparison, row.file)
     weights = judge_released(
         row.file.get(comparison.measured),
         comparison.published(row),
         rule=comparison.rule,
         file=row.file["file"],
-        comparable=shared.comparable,
-        reason=shared.reason,
+        comparable=shared.comparable and not reason,
+        reason=reason,
         recipe_differences=shared.fields(comparison, row.variant, trained=False),
     )
     return trained, weights
+
+
+def _findings(
+    comparison: Comparison,
+    printed: pd.DataFrame,
+    trainings: Sequence[Verdict],
+    whole: TableVerdict | None,
+    spread: Spread,
+) -> tuple[str, ...]:
+    """The whole table's verdict, what the tolerance rests on, and what it cannot tell apart."""
+    seeds = max((verdict.seeds for verdict in trainings if verdict.tolerance is not None), default=0)
+    if not seeds:
+        return ()
+    tolerance, count = spread.tolerance(seeds), "one seed" if seeds == 1 else f"{seeds} seeds"
+    findings = [whole.sentence] if whole is not None else []
+    findings.append(
+        f"Tolerance: the 95 % prediction interval of a mean against one published run. The sd between seeds, "
+        f"{spread.sd:.2f} points, is pooled over {spread.source} ({spread.dof:.0f} degrees of freedom). With {count} a "
+        f"model that is {spread.smallest_shortfall(seeds):.1f} points short is found with a probability of 80 %."
+    )
+    ours = {label(variant) for variant in VARIANTS}
+    published = {str(model): float(value) for model, value in printed[comparison.quantity].items() if model in ours}
+    findings += [
+        f"With {count} the tolerance of {tolerance:.2f} points does not tell apart {', '.join(group)}."
+        for group in not_told_apart(published, tolerance)
+    ]
+    return tuple(findings)
 
 
 def _remarks(verdicts: dict[str, Verdict], released: dict[str, Verdict], shared: Circumstances) -> list[str]:

@@ -10,6 +10,7 @@ from pipeline import paths
 from pipeline.catalogue import DATA_SETS, TASKS
 from pipeline.launch.closure import Closure
 from pipeline.launch.fingerprint import CODE_ROOT, JOIN
+from pipeline.tasks.classification.description import CLASSIFIER
 
 CALLS = {
     **{f"prepare_{data.name}": (data.prepare,) for data in DATA_SETS.values()},
@@ -17,6 +18,9 @@ CALLS = {
     **{task.training_stage: (task.train, JOIN) for task in TASKS.values()},
     **{task.evaluation_stage: (task.evaluate, JOIN) for task in TASKS.values()},
     "evaluate_released": (*(task.evaluate for task in TASKS.values()), JOIN),
+    "convert_test_set": ("pipeline.tasks.classification.test_sets:convert",),
+    "evaluate_test_set": (CLASSIFIER.evaluate, JOIN),
+    "evaluate_released_test_set": (CLASSIFIER.evaluate, JOIN),
     "compare_with_paper": ("pipeline.stages.compare_with_paper:run", "pipeline.config:load_params"),
 }
 """What computes each stage's result: how its jobs are queued and watched is no part of that."""

@@ -1,13 +1,13 @@
 """Put what was measured beside what the paper printed.
 
-Reads   results/
+Reads   results/, predictions/
 Writes  reports/
 """
 
 from pipeline import paths
 from pipeline.config import Params
 from pipeline.report import write_reports
-from pipeline.report.collect import background, curves, measured, recipe_differences_of, released, settings
+from pipeline.report.collect import background, curves, measured, paired, recipe_differences_of, released, settings
 from pipeline.tracking.measured import log_comparisons
 
 
@@ -23,5 +23,6 @@ def run(params: Params) -> None:
         settings=settings(params),
         curves=curves(params),
         background=background(params),
+        paired=paired(params),
     )
     log_comparisons(params, runs, files)

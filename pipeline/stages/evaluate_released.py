@@ -1,7 +1,7 @@
 """Evaluate one variant's released weights, for every task; a file that is not there is listed as missing.
 
 Reads   released.folder, data/beton/<data set>/<evaluation split>.beton
-Writes  results/evaluate_released/{variant}.json
+Writes  results/evaluate_released/{variant}.json, predictions/evaluate_released/{variant}/
 """
 
 import json
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 def run(params: Params, variant: str) -> None:
     from pipeline.models.released_weights import find_released
 
-    folder = Path(params.released.folder)
+    folder, predictions = Path(params.released.folder), paths.released_predictions(variant)
+    predictions.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {}
     for task in TASKS.values():
         names = load(task.released)
@@ -33,7 +34,7 @@ def run(params: Params, variant: str) -> None:
             result[task.name] = {"status": "missing", "file": name}
             continue
         work = evaluation_of_released(params, task, variant, file)
-        run_job(work, {})
+        run_job(work, {"predictions.parquet": predictions / f"{task.name}.parquet"})
         metrics = json.loads((paths.run(work.stage, work.name) / "out/metrics.json").read_text())
         result[task.name] = {"status": "measured", "file": file.name, **metrics}
     with paths.written_atomically(paths.metrics("evaluate_released", variant)) as temporary:

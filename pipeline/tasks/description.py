@@ -79,7 +79,10 @@ class Task:
     train: str
     """(world, run folder, profile, variant, seed, recipe, num_classes, beton, ...): see `tasks.training.run_recipe`."""
     evaluate: str
-    """(world, run folder, profile, variant, num_classes, beton, weights, ...): writes `out/metrics.json` and more."""
+    """(world, run folder, profile, variant, num_classes, beton, weights, ...): writes `out/metrics.json` and more.
+
+    For released weights also `out/predictions.parquet`, which a comparison's paired test reads.
+    """
     create: str
     """(variant, num_classes): a model whose `state_dict()` is that of the weights."""
     released: str
@@ -101,6 +104,8 @@ class Task:
     """Arguments of `train` that change no result."""
     accumulates: bool = True
     """Whether a share of the global batch may be computed in micro-batches: not with batch norm."""
+    has_test_sets: bool = False
+    """Whether its models are measured on params.yaml's `test_sets`, too."""
     is_dense: bool = False
     """Whether the logits have a height and a width."""
     training_outputs: Mapping[str, str] = field(default_factory=dict)

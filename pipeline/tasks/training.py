@@ -92,6 +92,7 @@ def _cost(task: Task, world: ranks.World, records: list[dict[str, Any]]) -> dict
         "cpus_per_rank": world.cpus,
         "precision": ranks.precision_in_use(world.device, task.precision),
         "image_size": task.image_size,
+        "training_images": task.images,
         "images_per_s": statistics.median(record["images_per_s"] for record in records),
         "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
         "rank_hours": rank_hours,

@@ -124,7 +124,8 @@ class MaskedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.mask is None:
             return x
-        return x * self.mask.to(x.dtype)
+        # The mask in float32, whatever the activations: 1 / (1 - rate) in bfloat16 would be off by up to 0.2 %.
+        return x * self.mask
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

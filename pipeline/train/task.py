@@ -37,6 +37,8 @@ class Task(Protocol):
     steps_per_epoch: int
     global_batch_size: int
     image_size: int
+    images: int
+    """Of the training set."""
     precision: Precision
 
     def learning_rate(self, step: int) -> float: ...

@@ -16,8 +16,10 @@ from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.config import Precision
 from pipeline.data.loaders import BatchLoader, eval_loader
+from pipeline.data.manifest import read_manifest
 from pipeline.metrics import ClassificationMeter, count_macs, count_parameters
 from pipeline.models import create_classifier, load_released
+from pipeline.tasks.classification.test_sets import real_accuracy
 from pipeline.tasks.on_device import normalise
 
 
@@ -77,8 +79,12 @@ def evaluate(
     num_classes: int,
     beton: str,
     weights: str,
+    classes: list[int] | None = None,
 ) -> bool:
-    """Count every image of `beton` once; rank 0 writes `out/metrics.json` and `out/predictions.parquet`."""
+    """Count every image of `beton` once; rank 0 writes `out/metrics.json` and `out/predictions.parquet`.
+
+    `classes` are the model's outputs that the labels of `beton` stand for, the only ones to choose from; None: all.
+    """
     model = create_classifier(variant, num_classes)
     load_released(model, Path(weights))
     model.eval().to(world.device).to(memory_format=torch.channels_last)
@@ -86,7 +92,11 @@ def evaluate(
     rows: list[pd.DataFrame] = []
     images = ValidationSet(beton, image_size, crop_fraction, precision)
     loader = images.loader(world, profile.max_images_per_device)
-    for sample_ids, logits, labels in predict(model, loader, world, precision):
+    chosen = (
+        torch.arange(num_classes, device=world.device) if classes is None else torch.tensor(classes).to(world.device)
+    )
+    for sample_ids, outputs, labels in predict(model, loader, world, precision):
+        logits = outputs[:, chosen]
         meter.update(logits, labels)
         rows.append(_prediction_rows(sample_ids, logits, labels))
     counts = meter.compute()
@@ -100,10 +110,15 @@ def evaluate(
             raise AssertionError(f"{beton}: an image was predicted twice or not at all")
         with paths.written_atomically(run_folder / "out/predictions.parquet") as temporary:
             table.to_parquet(temporary)
-        result = {**counts, "parameters": count_parameters(model), "macs_g": count_macs(model, 224) / 1e9}
+        real = real_accuracy(_file_names(Path(beton)), table["predicted"].tolist()) if classes is None else {}
+        result = {**counts, **real, "parameters": count_parameters(model), "macs_g": count_macs(model, 224) / 1e9}
         with paths.written_atomically(run_folder / "out/metrics.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
     return True
+
+
+def _file_names(beton: Path) -> list[str]:
+    return [Path(row.path).name for row in read_manifest(beton)]
 
 
 def _prediction_rows(sample_ids: Tensor, logits: Tensor, labels: Tensor) -> pd.DataFrame:

@@ -37,7 +37,7 @@ class ClassificationTask:
         self.image_size = recipe.image_size
         with SeededInitialisation(seed):
             self.model: nn.Module = create_classifier(variant, num_classes, recipe.drop_path_rate)
-        samples = int(open_beton(beton).num_samples)
+        self.images = samples = int(open_beton(beton).num_samples)
         self.steps_per_epoch = recipe.steps_per_epoch(samples)
         if self.steps_per_epoch == 0:
             raise UserError(f"{beton} has {samples} images, fewer than one global batch of {recipe.global_batch_size}")

@@ -72,6 +72,7 @@ SEGMENTER = Task(
         Metric("miou_ms_flip", "mIoU ms+flip"),
         Metric("miou_aligned_ms_flip", "mIoU* ms+flip"),
         Metric("aacc", "Pixel accuracy"),
+        Metric("macc", "Class accuracy"),
     ),
     evaluation_arguments=_evaluation_arguments,
     forward_gmacs=forward_gmacs,
@@ -83,5 +84,6 @@ SEGMENTER = Task(
     evaluation_outputs={
         "iou.csv": "results/evaluate_segmenter/{name}.iou.csv",
         "pictures.npz": "results/evaluate_segmenter/{name}.pictures.npz",
+        "predictions.parquet": "predictions/evaluate_segmenter/{name}.parquet",
     },
 )

@@ -36,7 +36,10 @@ def evaluate(
     beton: str,
     weights: str,
 ) -> bool:
-    """mIoU over every image of `beton`, each once; rank 0 writes `out/{metrics.json,iou.csv,pictures.npz}`.
+    """mIoU over every image of `beton`, each once.
+
+    Rank 0 writes `out/{metrics.json,iou.csv,pictures.npz}`, and each image's pixels by class:
+    `out/predictions.parquet`.
 
     `miou` follows a plain resize, `miou_aligned` one to multiples of `size_divisor` (mmseg's mIoU and mIoU*);
     each with `_ms_flip` too where the settings name ratios. `images_per_s`, on a GPU only, is mmseg's: one image at a
@@ -48,9 +51,20 @@ def evaluate(
     model.eval().to(world.device).to(memory_format=torch.channels_last)
     result: dict[str, Any] = {}
     pictures: dict[str, npt.NDArray[np.uint8]] = {}
+    images: list[pd.DataFrame] = []
     for name, size_divisor in (("miou", None), ("miou_aligned", checked.size_divisor)):
+        images.clear()
         counts = _confusion(
-            world, model, num_classes, Path(beton), checked, size_divisor, flip=False, ratios=[1.0], pictures=pictures
+            world,
+            model,
+            num_classes,
+            Path(beton),
+            checked,
+            size_divisor,
+            flip=False,
+            ratios=[1.0],
+            pictures=pictures,
+            images=images,
         )
         result[name] = counts["mIoU"]
         if checked.multi_scale_ratios:
@@ -69,6 +83,8 @@ def evaluate(
             per_class.round(6).to_csv(temporary, index=False)
         with paths.written_atomically(run_folder / "out/pictures.npz") as temporary:
             np.savez_compressed(temporary, **pictures)  # type: ignore[arg-type]
+        with paths.written_atomically(run_folder / "out/predictions.parquet") as temporary:
+            pd.concat(images).sort_values(["sample_id", "class"], ignore_index=True).to_parquet(temporary)
     return True
 
 
@@ -83,8 +99,13 @@ def _confusion(
     flip: bool,
     ratios: list[float],
     pictures: dict[str, npt.NDArray[np.uint8]] | None = None,
+    images: list[pd.DataFrame] | None = None,
 ) -> dict[str, Any]:
-    """Counts over all ranks; into `pictures` on rank 0 the images, labels and predictions to be shown."""
+    """Counts over all ranks.
+
+    Into `pictures` go the images, labels and predictions to be shown, and into `images` each image's pixel counts by
+    class, over all ranks.
+    """
     matrix = ConfusionMatrix(num_classes, IGNORED_LABEL, world.device)
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # images, seconds in the model
     loader = segmentation_eval_loader(
@@ -107,25 +128,39 @@ def _confusion(
                 with ranks.autocast(world.device, settings.precision):
                     logits = model(pixels.flip(3) if mirrored else pixels)
                 totals[1] += _device_clock(world) - started
-                # mmseg averages probabilities at the label's size.
-                share = resize_logits(logits, labels.shape[-2:]).softmax(1)
+                # mmseg's two steps, to the input's size and then to the label's; it averages probabilities there.
+                share = resize_logits(resize_logits(logits, pixels.shape[-2:]), labels.shape[-2:]).softmax(1)
                 scores = scores + (share.flip(3) if mirrored else share)
-        matrix.update(scores.argmax(1), labels)
+        cells = matrix.update(scores.argmax(1), labels)
+        if images is not None:
+            images.append(_image_counts(int(batch.sample_ids), cells))
         if pictures is not None and (number := int(batch.sample_ids)) in shown:
             pictures |= _picture(number, batch.images[0], batch.labels, scores.argmax(1))
         totals[0] += len(labels)
     if world.size > 1:
         torch.distributed.all_reduce(totals)
-    images, forward_s = totals.tolist()
+    counted, forward_s = totals.tolist()
     expected = int(loader.reader.num_samples)
-    if images != expected:
-        raise AssertionError(f"{images:.0f} images counted, {expected} in {beton}")
+    if counted != expected:
+        raise AssertionError(f"{counted:.0f} images counted, {expected} in {beton}")
     if pictures is not None and world.size > 1:
         parts: list[Any] = [None] * world.size
         torch.distributed.all_gather_object(parts, pictures)
         pictures.update({name: pixels for part in parts for name, pixels in part.items()})
+    if images is not None and world.size > 1:
+        tables: list[Any] = [None] * world.size
+        torch.distributed.all_gather_object(tables, images)
+        images[:] = [table for rank in tables for table in rank]
     per_class = matrix.iou_per_class().tolist()
-    return {**matrix.compute(), "images": images, "forward_s": forward_s, "iou_per_class": per_class}
+    return {**matrix.compute(), "images": counted, "forward_s": forward_s, "iou_per_class": per_class}
+
+
+def _image_counts(sample_id: int, cells: Tensor) -> pd.DataFrame:
+    """One image's pixels by class, of the classes that it shows or was taken to show."""
+    correct, labelled, predicted = cells.diagonal().cpu(), cells.sum(1).cpu(), cells.sum(0).cpu()
+    shown = torch.nonzero(labelled + predicted).flatten()
+    columns = {"correct": correct[shown], "labelled": labelled[shown], "predicted": predicted[shown]}
+    return pd.DataFrame({"sample_id": sample_id, "class": shown.numpy()} | {k: v.numpy() for k, v in columns.items()})
 
 
 def _picture(number: int, image: Tensor, labels: Tensor, predicted: Tensor) -> dict[str, npt.NDArray[np.uint8]]:

@@ -42,7 +42,7 @@ class SegmentationTask:
         load_released(classifier, backbone)
         model.load_backbone(classifier.state_dict())
         self.model: nn.Module = model
-        samples = int(open_beton(beton, fields=("image", "mask")).num_samples)
+        self.images = samples = int(open_beton(beton, fields=("image", "mask")).num_samples)
         self.total_steps = recipe.total_steps(samples)
         self.steps_per_epoch = max(1, samples // recipe.global_batch_size)
 
