@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from pipeline import paths
-from pipeline.catalogue import DATA_SETS, TASKS
+from pipeline.catalogue import DATA_SETS, TASKS, find_task
 from pipeline.config import check_variant, load_params
 from pipeline.errors import UserError
 
@@ -183,6 +184,17 @@ def _clean(options: Options) -> int:
     return upkeep.clean(yes=options.yes)
 
 
+def _reference(options: Options) -> int:
+    from pipeline.tracking import reference
+    from pipeline.train import history
+
+    params, task = load_params(paths.PARAMS), find_task("classifier")
+    folders = reference.add(params, task, check_variant(options.variant), options.name, options.files)
+    for folder in folders:
+        print(f"{folder}: {len(history.read(folder / 'history.jsonl'))} epochs")
+    return 0
+
+
 def _sync(_: Options) -> int:
     from pipeline.tracking.server import Server
     from pipeline.tracking.sync import sync
@@ -246,6 +258,12 @@ def _parser() -> argparse.ArgumentParser:
     adopt.add_argument("--because", required=True, help="why the result is the same; the report says so")
     clean = add("clean", _clean, "list runs put aside and unused copies of code, ask, delete")
     clean.add_argument("--yes", action="store_true", help="do not ask")
+    references = add("reference", _reference, "keep curves of other trainings, to hold running ones against")
+    actions = references.add_subparsers(dest="action", required=True, metavar="add")
+    adding = actions.add_parser("add", help="read timm's logs or summary.csv, or run folders: one for each seed")
+    adding.add_argument("variant", help="as poolformer_s12")
+    adding.add_argument("files", nargs="+", type=Path)
+    adding.add_argument("--name", default="reference", help="whose they are, as authors")
     add("sync", _sync, "send MLflow what it lacks of runs/")
     views = add("views", _views, "addresses of the tables in MLflow's dashboard")
     views.add_argument("dashboard", help="as http://127.0.0.1:5000")

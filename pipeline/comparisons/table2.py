@@ -14,15 +14,11 @@ FURTHER = {"real": "ReaL labels", **{name: test_set.title for name, test_set in 
 
 def _cells(row: Row, judged: dict[str, Any]) -> dict[str, Any]:
     published = numbers("released_imagenet", label(row.variant))
-    further = {
-        f"{name}_{column}": value
-        for name in FURTHER
-        for column, value in (
-            ("published", published.get(f"{name}_top1")),
-            ("released", row.file.get(f"{name}_top1")),
-            ("measured", row.mean(f"{name}_top1")),
-        )
-    }
+    further: dict[str, float | None] = {}
+    for key in (f"{name}_top1" for name in FURTHER):
+        released, measured = row.file.get(key), row.mean(key)
+        shown = published.get(key) if released is not None or measured is not None else None
+        further |= {f"{key}_published": shown, f"{key}_released": released, f"{key}_measured": measured}
     return {
         "params_m": row.property("parameters", 1e-6),
         "macs_g": row.property("macs_g"),
@@ -84,7 +80,7 @@ TABLE2 = Comparison(
         Column("", "Verdict", "verdict", terminal="Verdict"),
         Column("Top-5, %", "measured", "measured_top5"),
         *(
-            Column(f"{title}, %", column, f"{name}_{key}")
+            Column(f"{title}, %", column, f"{name}_top1_{key}")
             for name, title in FURTHER.items()
             for key, column in (("published", "timm"), ("released", "released"), ("measured", "measured"))
         ),

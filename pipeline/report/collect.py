@@ -15,9 +15,11 @@ from pipeline.launch.works import training_folder
 from pipeline.paper import label, recipe_differences
 from pipeline.report.background import Background, Provenance
 from pipeline.tasks.description import Task
+from pipeline.tracking import reference
 from pipeline.tracking.about import About, git_commit
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
+from pipeline.train import history
 from pipeline.variants import VARIANTS
 
 CURVE_ROWS = 1000
@@ -92,7 +94,7 @@ def paired(params: Params) -> pd.DataFrame:
 
 
 def curves(params: Params) -> pd.DataFrame:
-    """Loss, learning rate and validation passes of every training: variant, seed, task, step, metric, value."""
+    """Of every training and reference: variant, seed, task, step, metric (loss, ...), value, reference."""
     found = []
     for task in TASKS.values():
         for variant, seed in _runs(params, task):
@@ -102,7 +104,10 @@ def curves(params: Params) -> pd.DataFrame:
             )
             if "validation.csv" in task.training_outputs:
                 tidy = pd.concat([tidy, _top1(task, variant, seed, curve)])
-            found.append(tidy.assign(variant=variant, seed=seed, task=task.section))
+            found.append(tidy.assign(variant=variant, seed=seed, task=task.section, reference=False))
+        found += [
+            _reference(task, folder) for variant in task.variants(params) for folder in _references(task, variant)
+        ]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
@@ -121,6 +126,26 @@ def recipe_differences_of(params: Params) -> dict[str, list[str]]:
             field for section, values in sections.items() for field in recipe_differences(section, variant, values)
         ]
     return differences
+
+
+def _references(task: Task, variant: str) -> list[Path]:
+    return [
+        folder for folder in reference.references(variant) if (about := About.read(folder)) and about.kind == task.name
+    ]
+
+
+def _reference(task: Task, folder: Path) -> pd.DataFrame:
+    """A reference's curves, as those of a training."""
+    about = About.read(folder)
+    assert about is not None
+    parts = [
+        pd.DataFrame(history.read(folder / file), columns=["step", key])
+        .set_axis(["step", "value"], axis=1)
+        .assign(metric=metric)
+        for file, key, metric in (("history.jsonl", "loss", "loss"), ("validation.jsonl", "top1", "top-1, %"))
+    ]
+    both = pd.concat(parts)
+    return both.assign(variant=about.tags["variant"], seed=folder.name, task=task.section, reference=True)
 
 
 def _runs(params: Params, task: Task) -> list[tuple[str, int]]:

@@ -103,7 +103,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     """One panel for each task and metric, one line for each variant and seed.
 
     Args:
-        curves: columns variant, seed, task, step, metric, value.
+        curves: columns variant, seed, task, step, metric, value; optional reference: whether it is another's training.
     """
 
     lines = curves.groupby(["task", "metric", "variant", "seed"]).ngroups
@@ -115,16 +115,20 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
         for axes, ((task, metric), panel) in zip(grid, panels, strict=False):
             for (variant, _), line in panel.groupby(["variant", "seed"], sort=False):
+                is_reference = "reference" in line and bool(line["reference"].iloc[0])
+                width, alpha = (3.0, 0.3) if is_reference else (1.4, 0.85)
                 line = line.sort_values("step")
                 line = line.iloc[np.unique(np.linspace(0, len(line) - 1, points).round().astype(int))]
-                axes.plot(line["step"], line["value"], color=VARIANT_COLOURS[str(variant)], lw=1.4, alpha=0.85)
+                axes.plot(line["step"], line["value"], color=VARIANT_COLOURS[str(variant)], lw=width, alpha=alpha)
             axes.set_title(f"{task}: {metric}".replace("_", " "))
             axes.set_xlabel("step")
         for axes in grid[len(panels) :]:
             axes.remove()
         shown = [v for v in VARIANTS if v in set(curves["variant"])]
         handles = [mpl.lines.Line2D([], [], color=VARIANT_COLOURS[v], label=label(v)) for v in shown]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(shown))
+        if "reference" in curves and curves["reference"].any():
+            handles.append(mpl.lines.Line2D([], [], color=MUTED, lw=3.0, alpha=0.4, label="reference"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
     rows = -(-curves.groupby(["task", "metric"]).ngroups // CURVE_COLUMNS)
     return _figure(9.6, 3.0 * rows + 0.4, draw)

@@ -15,6 +15,7 @@ from pipeline.launch.jobs import run_job
 from pipeline.launch.works import STAGES, training_folder
 from pipeline.paper import label
 from pipeline.tasks.description import Task
+from pipeline.tracking import reference
 from pipeline.tracking.about import About, dataset, flat, provenance
 from pipeline.tracking.comparison import open_comparison
 from pipeline.tracking.server import Server
@@ -33,6 +34,7 @@ def follow(params: Params, task: Task, work: Work, ahead: Sequence[Work], output
     server = Server()
     mirror = mirror_of(server, folder)
     shown = {"at": 0.0, "step": -1, "others_at": time.monotonic()}
+    said = set[str]()
 
     def watch(_: Path) -> None:
         now = time.monotonic()
@@ -43,6 +45,10 @@ def follow(params: Params, task: Task, work: Work, ahead: Sequence[Work], output
         if records and records[-1]["step"] != shown["step"]:
             log.info("%s: %s", work.name, history.progress_line(records[-1]))
             shown["step"] = records[-1]["step"]
+            left = reference.verdict(work.arguments["variant"], records, history.read(folder / "validation.jsonl"))
+            if left and left not in said:
+                log.warning("%s has left its reference: %s", work.name, left)
+                said.add(left)
         mirror.update("RUNNING", in_a_hurry=True)
         if ahead and now - shown["others_at"] > LOOK_AT_OTHERS_EVERY_S:
             for other in ahead:

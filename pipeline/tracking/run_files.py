@@ -118,7 +118,7 @@ def _epochs(records: list[dict[str, Any]]) -> Iterator[Any]:
         inside = list(group)
         if epoch > records[-1]["epoch"]:
             return
-        for key in BY_EPOCH:
+        for key in [key for key in BY_EPOCH if key in inside[-1]]:
             mean = sum(record[key] for record in inside) / len(inside)
             yield Metric(f"epoch/{key}", mean, int(inside[-1].get("time_ms", 0)), epoch)
 

@@ -7,6 +7,7 @@ from pipeline import paths
 from pipeline.catalogue import TASKS
 from pipeline.launch import record
 from pipeline.launch.submission import state
+from pipeline.tracking import reference
 from pipeline.tracking.about import About
 from pipeline.tracking.comparison import ComparisonMirror
 from pipeline.tracking.mirror import Mirror
@@ -65,7 +66,7 @@ def status(folder: Path) -> RunStatus:
 
 def _runs(server: Server) -> Iterator[tuple[Path, Mirror]]:
     comparisons: dict[Path, ComparisonMirror] = {}
-    for stage in (*(task.training_stage for task in TASKS.values()), "evaluate_released"):
+    for stage in (*(task.training_stage for task in TASKS.values()), "evaluate_released", reference.STAGE):
         for folder in _folders(stage):
             yield folder, mirror_of(server, folder, comparisons)
 
