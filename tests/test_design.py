@@ -68,6 +68,7 @@ def test_readme_commands_exist() -> None:
         "why",
         "adopt",
         "clean",
+        "reference",
     }
     assert set(re.findall(r"python -m pipeline ([a-z_]+)", text)) <= commands
 
