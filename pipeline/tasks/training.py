@@ -16,7 +16,7 @@ from pipeline import paths
 from pipeline.cluster import BatchSplit, Profile
 from pipeline.config import Params
 from pipeline.errors import UserError
-from pipeline.models import load_released
+from pipeline.models.released_weights import load_released
 from pipeline.tasks import description
 from pipeline.train import checkpoint, history, system
 from pipeline.train.loop import train

@@ -61,7 +61,7 @@ CLASSIFIER = Task(
     data=IMAGENET,
     train="pipeline.tasks.classification.training:train",
     evaluate="pipeline.tasks.classification.evaluation:evaluate",
-    create="pipeline.models:create_classifier",
+    create="pipeline.models.poolformer:create_classifier",
     released="pipeline.models.released_weights:RELEASED_CLASSIFIERS",
     metrics=(
         Metric("top1", "Top-1"),

@@ -18,7 +18,8 @@ from pipeline.config import Precision
 from pipeline.data.loaders import BatchLoader, eval_loader
 from pipeline.data.manifest import read_manifest
 from pipeline.metrics import ClassificationMeter, count_macs, count_parameters
-from pipeline.models import create_classifier, load_released
+from pipeline.models.poolformer import create_classifier
+from pipeline.models.released_weights import load_released
 from pipeline.tasks.classification.test_sets import real_accuracy
 from pipeline.tasks.on_device import normalise
 

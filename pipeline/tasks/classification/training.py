@@ -17,7 +17,7 @@ from pipeline.config import ClassificationRecipe, validate
 from pipeline.data.beton import open_beton
 from pipeline.data.loaders import TrainAugmentation, train_loader
 from pipeline.errors import UserError
-from pipeline.models import create_classifier
+from pipeline.models.poolformer import create_classifier
 from pipeline.tasks.on_device import Mixing, at_least_float32, erase, mix, normalise, to_device
 from pipeline.tasks.training import SeededInitialisation, run_recipe
 from pipeline.train.schedule import cosine_by_epoch

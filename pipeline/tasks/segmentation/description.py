@@ -64,7 +64,7 @@ SEGMENTER = Task(
     data=ADE20K,
     train="pipeline.tasks.segmentation.training:train",
     evaluate="pipeline.tasks.segmentation.evaluation:evaluate",
-    create="pipeline.models:create_segmenter",
+    create="pipeline.models.semantic_fpn:create_segmenter",
     released="pipeline.models.released_weights:RELEASED_SEGMENTERS",
     metrics=(
         Metric("miou", "mIoU"),

@@ -17,7 +17,8 @@ from pipeline.cluster import Profile
 from pipeline.config import SegmentationEvaluation, validate
 from pipeline.data.segmentation import segmentation_eval_loader
 from pipeline.metrics import ConfusionMatrix, count_macs, count_parameters
-from pipeline.models import create_segmenter, load_released
+from pipeline.models.released_weights import load_released
+from pipeline.models.semantic_fpn import create_segmenter
 from pipeline.tasks.on_device import IGNORED_LABEL, normalise, resize_logits
 
 PICTURES, PICTURE_PX = 4, 256

@@ -12,7 +12,9 @@ from pipeline.cluster import Profile, split
 from pipeline.config import SegmentationRecipe, validate
 from pipeline.data.beton import open_beton
 from pipeline.data.segmentation import SegmentationAugmentation, segmentation_train_loader
-from pipeline.models import create_classifier, create_segmenter, load_released
+from pipeline.models.poolformer import create_classifier
+from pipeline.models.released_weights import load_released
+from pipeline.models.semantic_fpn import create_segmenter
 from pipeline.tasks.on_device import IGNORED_LABEL, normalise, resize_logits, to_device
 from pipeline.tasks.training import SeededInitialisation, run_recipe
 from pipeline.train.schedule import polynomial
