@@ -42,7 +42,12 @@ class ClassificationMeter:
         top1, top5, loss, images = sums.tolist()
         if images == 0:
             raise ValueError("no image was counted: update the meter before computing")
-        return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+        return {
+            "top1": 100 * top1 / images,
+            "top5": 100 * top5 / images,
+            "loss": loss / images,
+            "images": int(images),
+        }
 
 
 class ConfusionMatrix:

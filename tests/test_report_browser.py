@@ -72,7 +72,7 @@ def test_the_tables_have_the_numbers_at_every_width(
 ) -> None:
     browser.size(width, dark=dark)
     browser.open((folder / "index.html").as_uri())
-    browser.wait_for("MetaFormer, reproduced")
+    browser.wait_for("MetaFormer, reproduced", "Settings")
     rows = {row[0]: row[1:] for row in shown(browser, name)}
     for _, row in pd.read_csv(folder / f"{name}.csv").iterrows():
         cells = rows[label(row["model"])]
@@ -86,7 +86,7 @@ def test_the_tables_have_the_numbers_at_every_width(
 def test_nothing_makes_the_page_scroll_sideways(browser: Browser, folder: Path, width: int) -> None:
     browser.size(width)
     browser.open((folder / "index.html").as_uri())
-    browser.wait_for("MetaFormer, reproduced")
+    browser.wait_for("MetaFormer, reproduced", "Settings")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
@@ -107,7 +107,7 @@ def contrast(first: list[float], second: list[float]) -> float:
 def test_text_stands_out_in_both_modes(browser: Browser, folder: Path, dark: bool) -> None:
     browser.size(1280, dark=dark)
     browser.open((folder / "index.html").as_uri())
-    browser.wait_for("MetaFormer, reproduced")
+    browser.wait_for("MetaFormer, reproduced", "Settings")
 
     def colours(selector: str, *styles: str) -> list[list[float]]:
         found = browser.evaluate(
@@ -130,7 +130,7 @@ def test_text_stands_out_in_both_modes(browser: Browser, folder: Path, dark: boo
 def test_everything_else_is_there(browser: Browser, folder: Path) -> None:
     browser.size(1280)
     browser.open((folder / "index.html").as_uri())
-    browser.wait_for("MetaFormer, reproduced")
+    browser.wait_for("MetaFormer, reproduced", "Settings")  # the page's end, too: else details come after the next line
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     text = browser.wait_for("A few segmentations", "IoU of each class", "Learning curves", "What it cost", "Provenance")
     for word in (
@@ -156,7 +156,7 @@ def test_everything_else_is_there(browser: Browser, folder: Path) -> None:
 def test_it_prints(browser: Browser, folder: Path) -> None:
     browser.size(1047)  # A4 landscape without its margins
     browser.open((folder / "index.html").as_uri())
-    browser.wait_for("MetaFormer, reproduced")
+    browser.wait_for("MetaFormer, reproduced", "Settings")
     browser.call("Emulation.setEmulatedMedia", media="print")
     try:
         assert browser.evaluate("document.documentElement.scrollWidth") <= 1047
