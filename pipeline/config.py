@@ -207,6 +207,15 @@ class Params(Strict):
         return self
 
     @model_validator(mode="after")
+    def _test_sets_fit(self) -> "Params":
+        if self.test_sets.names and self.imagenet.num_classes != 1000:
+            raise ValueError(
+                f"test_sets.names is for models of ImageNet's 1000 classes, and imagenet.num_classes is "
+                f"{self.imagenet.num_classes}: empty it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _recipes_are_whole(self) -> "Params":
         for variant in self.classification.train:
             self.classification.recipe_for(variant)

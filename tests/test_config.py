@@ -65,6 +65,7 @@ def test_a_batch_that_no_file_has_is_named(in_checkout: Path) -> None:
         (("classification", "recipe", "warmup_epochs"), 99, "must be below epochs"),
         (("imagenet", "storage"), "orginal", "'original' or 'compact'"),
         (("seeds",), [], "seeds"),
+        (("test_sets", "names"), ["v2"], "imagenet.num_classes is 10"),
         (("classification", "train"), [], "add it"),
     ],
 )

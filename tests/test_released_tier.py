@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +216,18 @@ def test_data_that_is_not_the_papers_is_one_clear_line(
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
     assert names in line
     assert says in line
+
+
+def test_a_training_is_measured_on_further_images_by_its_own_stage(released: tuple[Checkout, str]) -> None:
+    """The last test of this module: weights in the place of a training's, here the released ones."""
+    checkout, _ = released
+    weights = checkout.folder / "models/classifier/poolformer_s12-0.pt"
+    weights.parent.mkdir(parents=True)
+    shutil.copy(checkout.folder / "released/poolformer_s12.pth.tar", weights)
+    checkout.pipeline("evaluate_test_set", "a", "poolformer_s12", "0")
+    results = checkout.folder / "results"
+    measured = json.loads((results / "evaluate_test_set/a-poolformer_s12-0.json").read_text())
+    assert measured == json.loads((results / "evaluate_released_test_set/a-poolformer_s12.json").read_text())
+    assert measured["images"] == 200
+    missing = json.loads((results / "evaluate_released_test_set/a-poolformer_s24.json").read_text())
+    assert missing == {"status": "missing"}
