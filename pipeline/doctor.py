@@ -16,6 +16,7 @@ from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.launch.check import try_job
 from pipeline.launch.scheduler import Finding, scheduler_of
+from pipeline.tasks.classification.description import TEST_SETS, classes_of
 from pipeline.tasks.description import load
 
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
@@ -105,6 +106,7 @@ def _parameters() -> Iterator[Finding]:
     yield Finding("ok", "params.yaml", f"scale {params.scale}, seeds {params.seeds}")
     yield from _disk(params)
     yield from _data(params)
+    yield from _test_sets(params)
     yield from _split(params)
     if params.released.variants:
         yield from _released(params)
@@ -129,6 +131,22 @@ def _data(params: Params) -> Iterator[Finding]:
             yield Finding("fault", data.title, text)
         else:
             yield Finding("ok", data.title, str(root))
+
+
+def _test_sets(params: Params) -> Iterator[Finding]:
+    for name in params.test_sets.names:
+        folder, title = Path(params.test_sets.root) / name, TEST_SETS[name].title
+        if not folder.is_dir():
+            text = f"{folder} is missing: put the images there, or link them, or take {name} out of test_sets.names"
+            yield Finding("fault", title, text)
+            continue
+        from pipeline.data.folders import class_names
+
+        try:
+            classes_of(class_names(folder), name, folder)
+            yield Finding("ok", title, str(folder))
+        except UserError as error:
+            yield Finding("fault", title, str(error))
 
 
 def _split(params: Params) -> Iterator[Finding]:

@@ -8,7 +8,10 @@ import pytest
 import torch
 from timm.data.real_labels import RealLabelsImagenet
 
+from pipeline import doctor
+from pipeline.config import load_params
 from pipeline.errors import UserError
+from pipeline.experiments import compose
 from pipeline.tasks.classification.description import TEST_SETS, classes_of, file_of_timm
 from pipeline.tasks.classification.test_sets import real_accuracy
 
@@ -65,3 +68,12 @@ def test_every_test_set_has_published_numbers() -> None:
 
     columns = set(wide("released_imagenet").columns)
     assert {f"{name}_top1" for name in [*TEST_SETS, "real"]} <= columns
+
+
+def test_doctor_names_a_test_set_that_is_not_there_or_is_another(in_checkout: Path) -> None:
+    compose(["scale=released", "test_sets.names=[v2,sketch]"])
+    (in_checkout / "data/test_sets/sketch/n01440764").mkdir(parents=True)
+    found = {finding.subject: finding for finding in doctor._test_sets(load_params(Path("params.yaml")))}
+    assert found["ImageNetV2"].level == found["ImageNet-Sketch"].level == "fault"
+    assert "data/test_sets/v2 is missing" in found["ImageNetV2"].text
+    assert "has 1 class folders, ImageNet-Sketch has 1000" in found["ImageNet-Sketch"].text
