@@ -174,8 +174,10 @@ def verdict(variant: str, records: Sequence[Mapping[str, Any]], passes: Sequence
     if inside and epoch in losses:
         findings.append(_outside("loss", float(np.mean(inside)), losses[epoch], ".3f"))
     accuracies = band(variant, "top1")
-    if accuracies and passes and (at := round(passes[-1]["epoch"])) in accuracies:
-        findings.append(_outside("top-1", passes[-1]["top1"], accuracies[at], ".1f"))
+    # The last pass by then: later ones would say the same again in other words.
+    by_then = [each for each in passes if round(each["epoch"]) <= epoch]
+    if by_then and (expected := accuracies.get(round(by_then[-1]["epoch"]))):
+        findings.append(_outside("top-1", by_then[-1]["top1"], expected, ".1f"))
     if not any(findings):
         return ""
     names = ", ".join(dict.fromkeys(name_of(folder) for folder in references(variant)))
