@@ -74,7 +74,7 @@ class ClassificationRecipe(Strict):
     label_smoothing: float = Field(ge=0, lt=1)
     mixup_alpha: float = Field(ge=0)
     cutmix_alpha: float = Field(ge=0)
-    mixup_group_size: int = Field(gt=0, description="images mixed among one another: the paper's per-GPU batch")
+    mixup_group_size: int = Field(gt=0, description="images mixed among one another: the README's per-GPU batch")
     random_erasing: float = Field(ge=0, le=1, description="probability, per image")
     random_resized_crop_area: tuple[float, float]
     random_resized_crop_ratio: tuple[float, float]
