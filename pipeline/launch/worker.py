@@ -24,10 +24,10 @@ from pipeline.launch import attempts, record
 from pipeline.launch.attempts import Attempt
 from pipeline.launch.fingerprint import code_of, content_digest
 from pipeline.launch.scheduler import Scheduler, scheduler_of
+from pipeline.tasks.description import load
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
-from pipeline.tasks.description import load
 
 log = logging.getLogger(__name__)
 STALE_S = 60

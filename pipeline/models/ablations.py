@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from timm.layers import GroupNorm1, LayerNorm2d
+from timm.models import checkpoint_seq
 from timm.models.metaformer import MetaFormerStage, Pooling, Stem
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint_sequential
 
 from pipeline.ablations import Ablation, Activation, Mixer, Norm, find_ablation, stage_sides
 from pipeline.errors import UserError
@@ -44,22 +44,19 @@ class AblatedClassifier(nn.Module):
         self, variant: str, name: str, ablation: Ablation, num_classes: int, drop_path_rate: float, image_size: int
     ) -> None:
         super().__init__()
-        self.variant, self.ablation, self.image_size = variant, name, image_size
+        self.variant, self.ablation = variant, name
         self.expects = image_size if ablation.has_fixed_size else None
         spec = find_variant(variant)
         self.stem = Stem(3, spec.widths[0])
         depth = sum(spec.blocks)
         rates = [drop_path_rate * block / (depth - 1) for block in range(depth)]
         in_channels, stages = spec.widths[0], []
-        for index, (blocks, width) in enumerate(zip(spec.blocks, spec.widths, strict=True)):
-            side = stage_sides(image_size)[index]
+        plan = zip(spec.blocks, spec.widths, ablation.mixers, stage_sides(image_size), strict=True)
+        for index, (blocks, width, mixer, side) in enumerate(plan):
             embeds = index == ablation.embeds_positions_before
             stage = Stage(in_channels, width, side if embeds else None)
             stage.blocks = nn.Sequential(
-                *(
-                    _block(ablation, width, side, ablation.mixers[index], rate, spec.layer_scale_init)
-                    for rate in rates[:blocks]
-                )
+                *(_block(ablation, width, side, mixer, rate, spec.layer_scale_init) for rate in rates[:blocks])
             )
             stages.append(stage)
             in_channels, rates = width, rates[blocks:]
@@ -104,7 +101,7 @@ class Stage(MetaFormerStage):
         if self.position is not None:
             x = x + self.position
         if self.grad_checkpointing:
-            return checkpoint_sequential(self.blocks, len(self.blocks), x, use_reentrant=False)
+            return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
 

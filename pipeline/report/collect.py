@@ -105,9 +105,8 @@ def curves(params: Params) -> pd.DataFrame:
             if "validation.csv" in task.training_outputs:
                 tidy = pd.concat([tidy, _top1(task, variant, seed, curve)])
             found.append(tidy.assign(variant=variant, seed=seed, task=task.section, reference=False))
-        found += [
-            _reference(task, folder) for variant in task.variants(params) for folder in _references(task, variant)
-        ]
+        for variant in task.variants(params):
+            found += _references(task, variant)
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
@@ -128,24 +127,19 @@ def recipe_differences_of(params: Params) -> dict[str, list[str]]:
     return differences
 
 
-def _references(task: Task, variant: str) -> list[Path]:
-    return [
-        folder for folder in reference.references(variant) if (about := About.read(folder)) and about.kind == task.name
-    ]
-
-
-def _reference(task: Task, folder: Path) -> pd.DataFrame:
-    """A reference's curves, as those of a training."""
-    about = About.read(folder)
-    assert about is not None
-    parts = [
-        pd.DataFrame(history.read(folder / file), columns=["step", key])
-        .set_axis(["step", "value"], axis=1)
-        .assign(metric=metric)
-        for file, key, metric in (("history.jsonl", "loss", "loss"), ("validation.jsonl", "top1", "top-1, %"))
-    ]
-    both = pd.concat(parts)
-    return both.assign(variant=about.tags["variant"], seed=folder.name, task=task.section, reference=True)
+def _references(task: Task, variant: str) -> list[pd.DataFrame]:
+    """The curves of a variant's references, as those of trainings."""
+    found = []
+    for folder in reference.references(variant):
+        about = About.read(folder)
+        if about is None or about.kind != task.name:
+            continue
+        for file, key, metric in (("history.jsonl", "loss", "loss"), ("validation.jsonl", "top1", "top-1, %")):
+            curve = pd.DataFrame(history.read(folder / file), columns=["step", key]).rename(columns={key: "value"})
+            found.append(
+                curve.assign(metric=metric, variant=variant, seed=folder.name, task=task.section, reference=True)
+            )
+    return found
 
 
 def _runs(params: Params, task: Task) -> list[tuple[str, int]]:

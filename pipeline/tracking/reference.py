@@ -61,7 +61,7 @@ def add(params: Params, task: Task, variant: str, name: str, files: Sequence[Pat
             raise UserError(
                 f"there is a reference {name} of {variant} already: take another --name, or delete {folder}"
             )
-        (folder / "out").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         began_ms = round(file.stat().st_mtime * 1000)
         _write(folder / "history.jsonl", curve[["epoch", "loss"]].dropna(), steps_per_epoch, began_ms)
         _write(folder / "validation.jsonl", curve[["epoch", "top1"]].dropna(), steps_per_epoch, began_ms)

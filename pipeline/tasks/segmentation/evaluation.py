@@ -53,19 +53,11 @@ def evaluate(
     result: dict[str, Any] = {}
     pictures: dict[str, npt.NDArray[np.uint8]] = {}
     images: list[pd.DataFrame] = []
+    kept: dict[str, Any]
     for name, size_divisor in (("miou", None), ("miou_aligned", checked.size_divisor)):
-        images.clear()
+        kept = {} if size_divisor is None else {"pictures": pictures, "images": images}
         counts = _confusion(
-            world,
-            model,
-            num_classes,
-            Path(beton),
-            checked,
-            size_divisor,
-            flip=False,
-            ratios=[1.0],
-            pictures=pictures,
-            images=images,
+            world, model, num_classes, Path(beton), checked, size_divisor, flip=False, ratios=[1.0], **kept
         )
         result[name] = counts["mIoU"]
         if checked.multi_scale_ratios:
@@ -158,10 +150,10 @@ def _confusion(
 
 def _image_counts(sample_id: int, cells: Tensor) -> pd.DataFrame:
     """One image's pixels by class, of the classes that it shows or was taken to show."""
-    correct, labelled, predicted = cells.diagonal().cpu(), cells.sum(1).cpu(), cells.sum(0).cpu()
-    shown = torch.nonzero(labelled + predicted).flatten()
-    columns = {"correct": correct[shown], "labelled": labelled[shown], "predicted": predicted[shown]}
-    return pd.DataFrame({"sample_id": sample_id, "class": shown.numpy()} | {k: v.numpy() for k, v in columns.items()})
+    counts = torch.stack([cells.diagonal(), cells.sum(1), cells.sum(0)], dim=1).cpu().numpy()
+    table = pd.DataFrame(counts, columns=["correct", "labelled", "predicted"]).rename_axis("class").reset_index()
+    table.insert(0, "sample_id", sample_id)
+    return table[table["labelled"] + table["predicted"] > 0]
 
 
 def _picture(number: int, image: Tensor, labels: Tensor, predicted: Tensor) -> dict[str, npt.NDArray[np.uint8]]:
