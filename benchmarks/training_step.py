@@ -1,7 +1,8 @@
 """`python -m benchmarks.training_step`: our step and inference against timm's and the official code's, on this machine.
 
-Each rival runs in its own process, with the settings of its own script; for each variant they run in
-turns on the same batch, so that a machine that slows down slows them alike.
+Rivals have the settings of their own scripts and, for each variant, run in turns on the same batch, so that a machine
+that slows down slows them alike. On a CPU each has a process of its own; on a GPU each precision has one, as compiled
+graphs serve several variants.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.machine import machine_row, peak_memory_gb
 from benchmarks.plain_poolformer import PlainPoolFormer
 from pipeline import device as ranks
 from pipeline.cluster import BatchSplit
+from pipeline.config import Precision
 from pipeline.metrics import count_macs
 from pipeline.models import VARIANTS, create_classifier
 
@@ -41,12 +43,22 @@ BATCH_ON_CUDA = 128  # the paper's on one GPU
 NUM_CLASSES = 1000
 BACKWARD_WORK = 2
 """Of the forward's: gradients of inputs and of weights take a matrix product each, and move as many bytes."""
-RIVALS = ("ours", "timm, fp32", "timm, bf16", "official block, fp32")
-COMPILED = "ours, compiled"
-"""Only where it is asked for, as compiling takes a minute; the evaluation is not compiled."""
+PRECISIONS = ("bf16", "tf32", "fp32")
+CODES = ("ours", "timm")
+RIVALS = {
+    "cpu": ("ours", "timm, fp32", "timm, bf16", "official block, fp32"),
+    "cuda": (
+        *(f"{code}, {precision}" for precision in PRECISIONS for code in ("ours", "timm")),
+        "official block, fp32",
+    ),
+}
+COMPILED = ", compiled"
+"""Ends a rival's name. Only where it is asked for, as compiling takes a minute; the evaluation is not compiled."""
 PHASES = ("inference", "forward and backward", "step")
 BATCHES = {"inference": 4, "forward and backward": 1, "step": 1}
 """In one timing: as long for each phase, about."""
+BATCHES_ON_CUDA = 5
+"""Times as many, and one before that is not counted."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,45 +70,68 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--image-size", type=int, default=224, help="px (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="counted rounds (default: %(default)s)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of the rivals (default: the usual ones)")
     parser.add_argument("--compiled", action="store_true", help="also our step through torch.compile")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no variant after so many seconds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    rows = []
-    rivals = (*RIVALS, COMPILED) if options.compiled else RIVALS
-    for variant in options.variants:
-        batch = options.batch or (BATCH_ON_CUDA if torch.cuda.is_available() else BATCH_ON_CPU[variant])
-        rows += measure(variant, batch, options.image_size, options.repeats, rivals)
-    table = pd.DataFrame(rows)
-    options.output.mkdir(parents=True, exist_ok=True)
-    table.to_csv(options.output / "training_step.csv", index=False, float_format="%.4g")
-    shown = [
-        "variant",
-        "rival",
-        "phase",
-        "images_per_s",
-        "ratio_to_timm",
-        "ratio_to_timm_bf16",
-        "flop_share",
-        "byte_share",
-    ]
+    on_cuda = torch.cuda.is_available()
+    rivals = RIVALS["cuda" if on_cuda or options.precisions else "cpu"]
+    if options.precisions:
+        rivals = tuple(rival for rival in rivals if rival.endswith(tuple(options.precisions)))
+    if options.compiled:
+        rivals += tuple(rival + COMPILED for rival in rivals if rival.startswith("ours"))
+    rows: list[dict[str, Any]] = []
+    started, options_of_all = time.monotonic(), (options.image_size, options.repeats, rivals)
+    with ExitStack() as stack:
+        pools = Pools(stack)
+        for variant in options.variants:
+            if time.monotonic() - started > options.limit_s:
+                print(f"{variant} and what follows: not begun after {options.limit_s:.0f} s", flush=True)
+                break
+            batch = options.batch or (BATCH_ON_CUDA if on_cuda else BATCH_ON_CPU[variant])
+            if not on_cuda:
+                pools = Pools(stack)
+            rows += measure(variant, batch, *options_of_all, pools)
+            table = pd.DataFrame(rows)
+            options.output.mkdir(parents=True, exist_ok=True)
+            table.to_csv(options.output / "training_step.csv", index=False, float_format="%.4g")
+    shown = ["variant", "rival", "phase", "images_per_s", "ratio_to_timm", "ratio_to_timm_same_precision"]
+    shown += ["flop_share", "byte_share", "peak_memory_gb", "first_round_s"]
     print(table[shown].to_string(index=False, float_format="{:.2f}".format))
     return 0
 
 
-def measure(variant: str, batch: int, image_px: int, repeats: int, rivals: tuple[str, ...]) -> list[dict[str, Any]]:
+class Pools:
+    """The processes that measure, each made when it is first needed and ended with `stack`."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack, self.pools = stack, dict[str, ProcessPoolExecutor]()
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([__name__])  # the imports take seconds: once, not for each process
+
+    def __getitem__(self, rival: str) -> ProcessPoolExecutor:
+        key = _precision(rival) if torch.cuda.is_available() else rival
+        if key not in self.pools:
+            self.pools[key] = self.stack.enter_context(ProcessPoolExecutor(1, self.context))
+        return self.pools[key]
+
+
+def measure(
+    variant: str, batch: int, image_px: int, repeats: int, rivals: tuple[str, ...], pools: Pools
+) -> list[dict[str, Any]]:
     """One row for each rival and phase. Rates are medians over the rounds, ratios medians of each round's ratio."""
-    pairs = [(rival, phase) for phase in PHASES for rival in rivals if (rival, phase) != (COMPILED, "inference")]
+    pairs = [(r, phase) for phase in PHASES for r in rivals if not (r.endswith(COMPILED) and phase == "inference")]
     seconds: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
-    with ExitStack() as stack:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # the imports take seconds: once, not for each process
-        processes = {rival: stack.enter_context(ProcessPoolExecutor(1, context)) for rival in rivals}
-        works = {r: p.submit(_set_up, r, variant, batch, image_px).result() for r, p in processes.items()}
-        for round_number in range(repeats + 1):
-            for rival, phase in pairs:
-                seconds[rival, phase].append(processes[rival].submit(_timed, phase).result())
-            print(f"{variant}: round {round_number} of {repeats}", flush=True)
-        memory = {rival: process.submit(peak_memory_gb).result() for rival, process in processes.items()}
+    memory: dict[tuple[str, str], float] = {}
+    for rival in rivals:
+        pools[rival].submit(_clear).result()
+    works = {rival: pools[rival].submit(_set_up, rival, variant, batch, image_px).result() for rival in rivals}
+    for round_number in range(repeats + 1):
+        for rival, phase in pairs:
+            taken, memory[rival, phase] = pools[rival].submit(_timed, rival, phase).result()
+            seconds[rival, phase].append(taken)
+        print(f"{variant}: round {round_number} of {repeats}", flush=True)
     # The first round allocates, chooses kernels, compiles.
     rates = {(r, p): [BATCHES[p] * batch / taken for taken in counted] for (r, p), (_, *counted) in seconds.items()}
     rows = []
@@ -105,13 +140,15 @@ def measure(variant: str, batch: int, image_px: int, repeats: int, rivals: tuple
         peak_flop_per_s = max(w.peak_flop_per_s for w in works.values() if w.precision == work.precision)
         peak_bytes_per_s = max(w.peak_bytes_per_s for w in works.values())
         passes = 1 if phase == "inference" else 1 + BACKWARD_WORK
+        same = f"timm, {work.precision}"
         row = machine_row() | {"variant": variant, "rival": rival, "precision": work.precision, "phase": phase}
         row |= {"batch": batch, "image_px": image_px, "repeats": repeats, "images_per_s": rate}
-        for name, reference in (("ratio_to_timm", "timm, fp32"), ("ratio_to_timm_bf16", "timm, bf16")):
-            row[name] = median(a / b for a, b in zip(own, rates[reference, phase], strict=True))
+        for name, reference in (("ratio_to_timm", "timm, fp32"), ("ratio_to_timm_same_precision", same)):
+            if (reference, phase) in rates:
+                row[name] = median(a / b for a, b in zip(own, rates[reference, phase], strict=True))
         row["flop_share"] = rate * passes * work.flop_per_image / peak_flop_per_s
         row["byte_share"] = rate * passes * work.bytes_per_image / peak_bytes_per_s
-        rows.append(row | {"peak_memory_gb": memory[rival], "first_round_s": seconds[rival, phase][0]})
+        rows.append(row | {"peak_memory_gb": memory[rival, phase], "first_round_s": seconds[rival, phase][0]})
     return rows
 
 
@@ -122,7 +159,7 @@ def measure(variant: str, batch: int, image_px: int, repeats: int, rivals: tuple
 class Work:
     """What one image asks of a rival's forward pass, and what the machine gives at best in its precision."""
 
-    precision: str
+    precision: Precision
     flop_per_image: float
     bytes_per_image: float
     """Read and written by the layers, each tensor once for each layer that has it."""
@@ -131,24 +168,45 @@ class Work:
 
 
 Phases = dict[str, Callable[[], object]]
-_phases: Phases = {}
+_phases: dict[str, Phases] = {}
+_resident_bytes: dict[str, int] = {}
+"""On a GPU: what each rival keeps there between its turns."""
+
+
+def _clear() -> None:
+    """Forget the variant before."""
+    _phases.clear()
+    _resident_bytes.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _precision(rival: str) -> Precision:
+    """'auto' for "ours" alone, which is what a recipe has."""
+    return next((precision for precision in PRECISIONS if f", {precision}" in rival), "auto")
 
 
 def _set_up(rival: str, variant: str, batch: int, image_px: int) -> Work:
-    device = ranks.alone().device
+    device, before = ranks.alone().device, _allocated_bytes()
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, image_px, image_px, device=device), torch.randint(NUM_CLASSES, (batch,))
-    precision = "fp32" if rival.endswith("fp32") else ranks.precision_in_use(device, "auto")
-    make = _ours if rival in ("ours", COMPILED) else _plain_loop
-    model, images, phases = make(rival, variant, images, labels.to(device), precision == "bf16")
-    _phases.update(phases)
+    precision = ranks.precision_in_use(device, _precision(rival))
+    make = _ours if rival.startswith("ours") else _plain_loop
+    model, images, _phases[rival] = make(rival, variant, images, labels.to(device), precision)
+    _resident_bytes[rival] = _allocated_bytes() - before
     flop = 2 * count_macs(create_classifier(variant, NUM_CLASSES), image_px)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.no_grad(), ranks.autocast(device, precision):
         moved = _bytes_moved(model, images) / batch
     return Work(precision, flop, moved, _peak_flop_per_s(device, precision), _peak_bytes_per_s(device))
 
 
-def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) -> tuple[nn.Module, Tensor, Phases]:
+def _allocated_bytes() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def _ours(
+    rival: str, variant: str, images: Tensor, labels: Tensor, precision: Precision
+) -> tuple[nn.Module, Tensor, Phases]:
     """The training loop's own step, and inference as the evaluation does it."""
     from timm.optim import param_groups_weight_decay
 
@@ -159,12 +217,13 @@ def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) 
     ranks.keep_freed_memory()
     images = images.contiguous(memory_format=torch.channels_last)
     model = create_classifier(variant, NUM_CLASSES)
-    _, dropout = adapt(model, world, seed=0, activation_checkpointing=False, compiles=rival == COMPILED)
+    _, dropout = adapt(model, world, seed=0, activation_checkpointing=False, compiles=rival.endswith(COMPILED))
     evaluated = create_classifier(variant, NUM_CLASSES).to(world.device).to(memory_format=torch.channels_last).eval()
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), 1e-3, fused=True)
 
     class Synthetic:
-        precision = "auto"
+        def __init__(self) -> None:
+            self.precision = precision
 
         def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
             return nn.functional.cross_entropy(model(images).float(), labels)
@@ -175,7 +234,7 @@ def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) 
         model.zero_grad(set_to_none=True)
         dropout.draw(0, 0, batch, world.device)
         dropout.select(0, batch)
-        with ranks.autocast(world.device, "auto"):
+        with ranks.autocast(world.device, precision):
             loss = task.loss(model, images, labels)
         loss.backward()
 
@@ -185,20 +244,23 @@ def _ours(rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool) 
 
     @torch.inference_mode()
     def inference() -> None:
-        with ranks.autocast(world.device, "auto"):
+        with ranks.autocast(world.device, precision):
             evaluated(images)
 
     return evaluated, images, dict(zip(PHASES, (inference, forward_and_backward, step), strict=True))
 
 
 def _plain_loop(
-    rival: str, variant: str, images: Tensor, labels: Tensor, bf16: bool
+    rival: str, variant: str, images: Tensor, labels: Tensor, precision: Precision
 ) -> tuple[nn.Module, Tensor, Phases]:
-    """timm's train.py: `--amp --amp-dtype bfloat16 --channels-last` where bf16, else its defaults."""
+    """timm's train.py: `--amp --amp-dtype bfloat16 --channels-last` where bf16, else its defaults.
+
+    On a GPU those are TF32 and cuDNN's choice of algorithms by trial.
+    """
     import timm
     from timm.optim import create_optimizer_v2
 
-    rate = VARIANTS[variant].drop_path_rate
+    rate, bf16 = VARIANTS[variant].drop_path_rate, precision == "bf16"
     model: nn.Module
     if rival.startswith("timm"):
         model = timm.create_model(variant, num_classes=NUM_CLASSES, drop_path_rate=rate)
@@ -211,7 +273,7 @@ def _plain_loop(
             images.contiguous(memory_format=torch.channels_last),
         )
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
-    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
+    autocast = ranks.autocast(images.device, precision)
 
     def forward_and_backward() -> None:
         model.train()
@@ -233,15 +295,30 @@ def _plain_loop(
     return model, images, dict(zip(PHASES, (inference, forward_and_backward, step), strict=True))
 
 
-def _timed(phase: str) -> float:
-    run, on_cuda = _phases[phase], torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.synchronize()
+def _timed(rival: str, phase: str) -> tuple[float, float]:
+    """Seconds for `BATCHES[phase]` batches, and the peak memory in GB so far; on a GPU of this rival in this phase."""
+    run, on_cuda = _phases[rival][phase], torch.cuda.is_available()
+    torch.backends.cudnn.deterministic = rival.startswith("ours")  # see device.join
+    torch.backends.cudnn.benchmark = not rival.startswith("ours")  # see timm's train.py
+    if not on_cuda:
+        return _seconds(run, BATCHES[phase]), peak_memory_gb()
+    torch.cuda.reset_peak_memory_stats()
+    before = _allocated_bytes()
+    run()  # the memory that another rival's turn gave back is allocated again
+    taken = _seconds(run, BATCHES_ON_CUDA * BATCHES[phase])
+    peak = torch.cuda.max_memory_allocated() - before + _resident_bytes[rival]
+    _resident_bytes[rival] += _allocated_bytes() - before  # the optimiser's moments, at the first step
+    torch.cuda.empty_cache()
+    return taken / BATCHES_ON_CUDA, peak / 2**30
+
+
+def _seconds(run: Callable[[], object], times: int) -> float:
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronise()
     start = time.perf_counter()
-    for _ in range(BATCHES.get(phase, 1)):
+    for _ in range(times):
         run()
-    if on_cuda:
-        torch.cuda.synchronize()
+    synchronise()
     return time.perf_counter() - start
 
 
@@ -262,11 +339,11 @@ def _bytes_moved(model: nn.Module, images: Tensor) -> float:
     return moved
 
 
-def _peak_flop_per_s(device: torch.device, precision: str) -> float:
+def _peak_flop_per_s(device: torch.device, precision: Precision) -> float:
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    _phases["peak"] = lambda: a @ a
-    best = min(_timed("peak") for _ in range(8))
+    with ranks.autocast(device, precision):
+        best = min(_seconds(lambda: a @ a, 1) for _ in range(8))
     return 2 * side**3 / best
 
 
@@ -274,8 +351,7 @@ def _peak_bytes_per_s(device: torch.device) -> float:
     """Read and written by a copy of 256 MiB."""
     source = torch.ones(64 * 2**20, device=device)
     target = torch.empty_like(source)
-    _phases["peak"] = lambda: target.copy_(source)
-    return 2 * source.nbytes / min(_timed("peak") for _ in range(8))
+    return 2 * source.nbytes / min(_seconds(lambda: target.copy_(source), 1) for _ in range(8))
 
 
 if __name__ == "__main__":
