@@ -131,14 +131,16 @@ def _doctor(options: Options) -> int:
 
 def _submit(options: Options) -> int:
     from pipeline.cluster import load_profile
-    from pipeline.launch.ahead import submit
+    from pipeline.launch.ahead import queue_stale
 
-    works = submit(load_params(paths.PARAMS), load_profile(paths.cluster_profile()), options.targets)
-    if not works:
+    works, left = queue_stale(load_params(paths.PARAMS), load_profile(paths.cluster_profile()), options.targets)
+    if not works and not left:
         print("nothing to queue: no training is stale, or its data is still to be converted (`dvc status`)")
     for work in works:
         print(f"queued: {work.stage} {work.name}")
-    return 0
+    for label, reason in left.items():
+        print(f"not queued: {label.replace('/', ' ')}: {reason}")
+    return 1 if left else 0
 
 
 def _jobs(_: Options) -> int:

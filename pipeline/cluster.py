@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 
 FOR_SLURM = (
     "partition", "account", "qos", "constraint", "memory_gb", "time_min", "signal_delay_s", "array_parallelism",
-    "container", "setup", "additional",
+    "queue_ahead", "max_jobs", "container", "setup", "additional",
 )  # fmt: skip
 
 
@@ -48,6 +48,12 @@ class Profile(Strict):
     time_min: int = Field(default=24 * 60, ge=1, description="longest a job may run before it is requeued")
     signal_delay_s: int = Field(default=120, ge=1, description="warning before the time limit, to write a checkpoint")
     array_parallelism: int = Field(default=256, ge=1, description="how many trainings queued together may run at once")
+    queue_ahead: int | None = Field(
+        default=None, ge=0, description="trainings queued beyond the one that dvc repro waits for; default: all"
+    )
+    max_jobs: int | None = Field(
+        default=None, ge=1, description="most pending and running jobs of all stages; queueing ahead stops there"
+    )
     container: str | None = Field(default=None, description="command that runs its arguments in a container")
     setup: tuple[str, ...] = Field(default=(), description="shell lines before the job starts")
     environment: dict[str, str] = Field(default={}, description="environment of sbatch and of the job")

@@ -259,7 +259,7 @@ def test_a_faulty_profile_is_one_line_that_names_it(tmp_path: Path, text: str, c
 
 def test_submit_needs_a_queue(in_checkout: Path) -> None:
     with pytest.raises(UserError, match="has no queue"):
-        ahead.submit(load_params(paths.PARAMS), load_profile(paths.cluster_profile()), [])
+        ahead.queue_stale(load_params(paths.PARAMS), load_profile(paths.cluster_profile()), [])
 
 
 def test_the_profiles_of_the_project_are_valid() -> None:

@@ -13,7 +13,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +24,98 @@ from pipeline.catalogue import TASKS
 from pipeline.cluster import Profile
 from pipeline.config import Params
 from pipeline.errors import UserError
+from pipeline.launch import record
 from pipeline.launch.fingerprint import Work
+from pipeline.launch.jobs import retry_or_raise
 from pipeline.launch.scheduler import scheduler_of
-from pipeline.launch.submission import queue
+from pipeline.launch.submission import Run, attach, queue, state, submit
 from pipeline.launch.works import of_stage
 
 log = logging.getLogger(__name__)
 RWLOCK = Path(".dvc/tmp/rwlock")
 
 
-def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> list[Work]:
-    """Submit a training together with those that the surrounding `dvc repro` will run after it.
+@dataclass
+class Ahead:
+    """A training, and those that the surrounding `dvc repro` will run after it, whose data is there already.
 
-    Returns the others: those whose data is there already. On this machine jobs run one by one, and there are none.
+    Queueing them is best effort: what a limit refuses is tried again at each `tend`.
     """
+
+    work: Work
+    others: list[Work]
+    profile: Profile
+    since: float
+    said: dict[str, str] = field(default_factory=dict)
+    """What was logged last, by label."""
+    ended: set[str] = field(default_factory=set)
+    """Tokens of jobs that were seen to be over."""
+    left: set[str] = field(default_factory=set)
+    """Labels of those that are not queued yet."""
+
+    def queue(self) -> None:
+        """Submit the training with the others, as far as the scheduler and the profile allow."""
+        self._queue([self.work, *self.others], 1)
+
+    def _queue(self, works: list[Work], more: int) -> None:
+        """`more`: how many may be queued beyond the profile's `queue_ahead`."""
+        most = None if self.profile.queue_ahead is None else self.profile.queue_ahead + more
+        reasons = queue(works, self.profile, self.since, most)
+        reasons.pop(Run.of(self.work).label, None)  # its own stage waits, or fails
+        for label, reason in reasons.items():
+            self._say(label, f"not queued ahead: {reason}")
+        self.left = set(reasons)
+
+    def tend(self) -> None:
+        """Look after the others while the training runs: resubmit what ended without a result, queue what was not."""
+        if not self.others:
+            return
+        for run in map(Run.of, self.others):
+            try:
+                with record.launching():
+                    self._resubmit(run)
+            except UserError as error:
+                self._say(run.label, str(error))
+        if self.left:
+            runs = [Run.of(other) for other in self.others]
+            alive = sum(run.label not in self.left and attach(run.folder) is not None for run in runs)
+            self._queue([run.work for run in runs if run.label in self.left], -alive)
+
+    def _resubmit(self, run: Run) -> None:
+        job = record.read_job(run.folder)
+        if record.fingerprint_of(run.folder) != run.fingerprint or run.is_done or job is None or job.job_id is None:
+            return
+        end = state(job)
+        if not end.is_over:
+            return
+        if end.state == "COMPLETED" and job.token not in self.ended:
+            self.ended.add(job.token)  # a network file system may show its result a minute later
+            return
+        if "DependencyNeverSatisfied" not in end.reason:  # that is no failure of its own: what it waits for has failed
+            retry_or_raise(run, job, end)
+        submit([run], self.profile)
+
+    def _say(self, label: str, text: str) -> None:
+        if self.said.get(label) != text:
+            log.warning("%s: %s", label, text)
+        self.said[label] = text
+
+
+def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> Ahead:
+    """Submit a training together with those to come. On this machine jobs run one by one, and there are none."""
     if not scheduler_of(profile.kind).has_queue:
-        return []
+        return Ahead(work, [], profile, time.time())
     dvc = _surrounding_dvc()
     others = _trainings(params, dvc.options, os.environ.get("DVC_STAGE")) if dvc is not None else []
-    queue([work, *others], profile, since=dvc.started if dvc is not None else time.time())
-    return others
+    ahead = Ahead(work, others, profile, dvc.started if dvc is not None else time.time())
+    ahead.queue()
+    return ahead
 
 
-def submit(params: Params, profile: Profile, targets: Sequence[str]) -> list[Work]:
-    """Queue the trainings that `dvc repro` with these targets would run, and leave; returns them.
+def queue_stale(params: Params, profile: Profile, targets: Sequence[str]) -> tuple[list[Work], dict[str, str]]:
+    """Queue the trainings that `dvc repro` with these targets would run, and leave.
 
+    Returns those that are queued or done, and why others are not, by label.
     Those whose data is not converted yet are not among them.
 
     Raises:
@@ -60,8 +127,8 @@ def submit(params: Params, profile: Profile, targets: Sequence[str]) -> list[Wor
     if options is None:
         raise UserError(f"{' '.join(targets)}: not what `dvc repro` takes")
     works = _trainings(params, options, None)
-    queue(works, profile, since=time.time())
-    return works
+    left = queue(works, profile, since=time.time())
+    return [work for work in works if Run.of(work).label not in left], left
 
 
 @dataclass(frozen=True)

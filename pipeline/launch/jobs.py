@@ -56,7 +56,7 @@ def run_job(
             break
         end = _wait(run, job, watch)
         if not run.is_done:
-            _retry_or_raise(run, job, end)
+            retry_or_raise(run, job, end)
             is_retry = True
     watch(run.folder)
     for name, place in outputs.items():
@@ -94,7 +94,7 @@ def _await_result(run: Run, status: Status) -> None:
         time.sleep(WAKE_S)
 
 
-def _retry_or_raise(run: Run, job: Job, end: Status) -> None:
+def retry_or_raise(run: Run, job: Job, end: Status) -> None:
     """Return after a job without a result if another one should be submitted.
 
     Raises:
@@ -104,12 +104,15 @@ def _retry_or_raise(run: Run, job: Job, end: Status) -> None:
         raise UserError(f"job {job.job_id} of {run.label} was cancelled; `dvc repro` resumes from its last checkpoint")
     attempt = Attempt.latest(job)
     before = record.failures(run.folder)
-    if not before or before[-1].again or before[-1].attempt != str(attempt):
-        # Its batch script recorded no failure: a local job, a time limit, out of memory, or Slurm lost it.
+    if end.state == "PREEMPTED":
+        again = True  # and cancelled: no failure
+    elif before and before[-1].attempt == str(attempt):
+        again = before[-1].again  # its batch script recorded it, and could not requeue the job
+    else:  # a local job, a time limit, out of memory, or Slurm lost it
         again = attempts.fail(run.folder, attempt, job.log, f"no rank reported an error; it ended as {end.state}")
-        if again and scheduler_of(job.kind).has_queue:
-            log.warning("job %s ended (%s); the next one resumes from its last checkpoint", job.job_id, end.state)
-            return
+    if again and scheduler_of(job.kind).has_queue:
+        log.warning("job %s ended (%s); the next one resumes from its last checkpoint", job.job_id, end.state)
+        return
     raise UserError(attempts.report(run.folder, job))
 
 

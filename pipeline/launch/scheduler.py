@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from pipeline.cluster import Profile
-from pipeline.errors import unknown
+from pipeline.errors import UserError, unknown
 from pipeline.launch.record import Job
 from pipeline.tasks.description import load
 
 SCHEDULERS = {"local": "pipeline.launch.local:Local", "slurm": "pipeline.launch.slurm:Slurm"}
 """By kind. Strings, so that they are not part of the code that a result depends on (docs/identity.md)."""
+
+
+class RefusedError(UserError):
+    """The scheduler refuses a job, and has none of this submission."""
+
+
+class LimitError(RefusedError):
+    """Refused for a limit on the number of submitted jobs: accepted once others have ended."""
 
 
 class Finding(NamedTuple):
@@ -67,7 +75,8 @@ class Scheduler(Protocol):
             after: id of a job that has to succeed first.
 
         Raises:
-            UserError: the job is refused, or the scheduler has not answered for too long.
+            RefusedError: the job is refused.
+            UserError: the scheduler has not answered for too long.
         """
         ...
 

@@ -1,6 +1,7 @@
 """Jobs on Slurm, submitted through submitit: the batch script, and what it does before and after the ranks run."""
 
 import logging
+import re
 import shlex
 import sys
 import time
@@ -16,7 +17,7 @@ from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import attempts, slurm_status
 from pipeline.launch.record import Job
-from pipeline.launch.scheduler import Finding, Scheduler, Status
+from pipeline.launch.scheduler import Finding, LimitError, RefusedError, Scheduler, Status
 from pipeline.launch.slurm_status import POLL_S, UnreachableError, ask, environment
 from pipeline.launch.worker import Worker
 
@@ -25,6 +26,8 @@ AWAY_S = 1800
 """How long submitting waits for a controller that does not answer."""
 NO_ANSWER = ("Unable to contact slurm controller", "Connection refused", "Socket timed out", "connect failure")
 """sbatch's errors that say nothing about the job."""
+TEMPORARY = ("job submit limit", "temporarily unable to accept", "temporarily unavailable")
+"""sbatch's errors while there are too many jobs."""
 T = TypeVar("T")
 
 
@@ -84,7 +87,7 @@ def _sbatch(intents: Sequence[Job], profile: Profile, code: Path, name: str, aft
 
     Raises:
         UnreachableError: Slurm does not answer; it may have the job nevertheless.
-        UserError: it refuses the job.
+        RefusedError: it refuses the job.
     """
     import submitit
 
@@ -102,7 +105,17 @@ def _sbatch(intents: Sequence[Job], profile: Profile, code: Path, name: str, aft
             text = " ".join(str(error).split())
             if any(words in text for words in NO_ANSWER):
                 raise UnreachableError(text) from None
-            raise UserError(f"sbatch refuses the job: {text}; correct {paths.cluster_profile()}") from None
+            if _is_submit_limit(text):
+                raise LimitError(f"Slurm's limit on submitted jobs is reached ({text})") from None
+            raise RefusedError(f"sbatch refuses the job: {text}; correct {paths.cluster_profile()}") from None
+
+
+def _is_submit_limit(text: str) -> bool:
+    """Whether sbatch refuses one more job now, and not the job as such; newer versions name the limit."""
+    limits = re.findall(r"\b(?:Assoc|QOS)\w*Limit\b", text)
+    if limits:
+        return any("Submit" in limit for limit in limits)
+    return any(words in text for words in TEMPORARY)
 
 
 def _find(intent: Job) -> str | None:

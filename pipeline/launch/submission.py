@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from pipeline.errors import UserError
 from pipeline.launch import attempts, record
 from pipeline.launch.fingerprint import Identity, Work, identify, snapshot
 from pipeline.launch.record import Job
-from pipeline.launch.scheduler import Status, scheduler_of
+from pipeline.launch.scheduler import LimitError, RefusedError, Status, scheduler_of
 
 log = logging.getLogger(__name__)
+LIMIT_S = 60
+"""How often a submission is repeated that a limit on submitted jobs refuses."""
 
 
 @dataclass(frozen=True)
@@ -45,44 +48,90 @@ class Run:
 
 
 def attach_or_submit(run: Run, profile: Profile, *, is_retry: bool) -> Job | None:
-    """The job to wait for; None if the run has finished meanwhile."""
-    with record.launching():
-        claim_folder(run)
-        if run.is_done:
-            return None
-        job = attach(run.folder)
-        if job is not None:
-            log.info("attached to %s job %s, which is already pending or running", job.kind, job.job_id)
-            return job
-        if not is_retry:
-            record.forget_failures(run.folder)
-        return _submit([run], profile)[0]
+    """The job to wait for; None if the run has finished meanwhile. Waits while a limit allows no further job."""
+    said = ""
+    while True:
+        try:
+            with record.launching():
+                claim_folder(run)
+                if run.is_done:
+                    return None
+                job = attach(run.folder)
+                if job is not None:
+                    log.info("attached to %s job %s, which is already pending or running", job.kind, job.job_id)
+                    return job
+                if not is_retry:
+                    record.forget_failures(run.folder)
+                return submit([run], profile)[0]
+        except LimitError as error:
+            if str(error) != said:
+                log.warning("%s: %s; trying again every %d s", run.label, error, LIMIT_S)
+            said = str(error)
+        time.sleep(LIMIT_S)
 
 
-def queue(works: Sequence[Work], profile: Profile, since: float) -> None:
-    """Submit every work that is neither done nor queued: an array, then a job for each work that depends on an element.
+def queue(works: Sequence[Work], profile: Profile, since: float, most: int | None = None) -> dict[str, str]:
+    """Submit the works that are neither done nor queued: an array, then a job for each work that depends on an element.
 
+    As far as the scheduler takes them, up to the profile's `max_jobs`, and so that at most `most` of them are pending
+    or running. Returns why the others are not, by label.
     Skips a run whose folder is held by a job with another fingerprint, and one that was submitted after `since` (Unix
     time, s) and has failed or was cancelled: the run's own stage reports it.
     """
     with record.launching():
         first: list[Run] = []
         behind: list[Run] = []
+        left: dict[str, str] = {}
+        alive = 0
         for run in map(Run.of, works):
             try:
                 claim_folder(run)
             except UserError as error:
-                log.info("not queued ahead: %s", error)
+                left[run.label] = str(error)
+                continue
+            if run.is_done:
                 continue
             before = record.read_job(run.folder)
-            if run.is_done or attach(run.folder) is not None or (before is not None and before.submitted > since):
-                continue
-            record.forget_failures(run.folder)
-            (behind if run.work.after is not None and not _upstream(run).is_done else first).append(run)
-        if first:
-            _submit(first, profile)
-        for run in behind:
-            _submit([run], profile)
+            if attach(run.folder) is not None:
+                alive += 1
+            elif before is None or before.submitted <= since:
+                (behind if run.work.after is not None and not _upstream(run).is_done else first).append(run)
+        waiting = [*first, *behind]
+        room = len(waiting) if most is None else min(len(waiting), max(0, most - alive))
+        if waiting and profile.max_jobs is not None:
+            room = min(room, max(0, profile.max_jobs - _jobs_alive()))
+        left |= {run.label: "as many jobs are queued as the cluster profile allows" for run in waiting[room:]}
+        for part in [first[:room], *([run] for run in behind[: max(0, room - len(first))])]:
+            for run in part:
+                record.forget_failures(run.folder)
+            left |= _submit_what_is_accepted(part, profile)
+    return left
+
+
+def _jobs_alive() -> int:
+    """Pending and running jobs of this checkout."""
+    folders = [file.parent for file in sorted(paths.RUNS.glob("*/*/job.json"))]
+    return sum(
+        not record.is_done(folder, record.fingerprint_of(folder)) and attach(folder) is not None for folder in folders
+    )
+
+
+def _submit_what_is_accepted(runs: list[Run], profile: Profile) -> dict[str, str]:
+    """Submit an array; if that is refused, its halves, down to single jobs. Why the rest is not queued, by label."""
+    if not runs:
+        return {}
+    try:
+        submit(runs, profile)
+    except UserError as error:
+        if len(runs) == 1 or not isinstance(error, RefusedError):
+            return {run.label: str(error) for run in runs}
+    else:
+        return {}
+    half = len(runs) // 2
+    left = _submit_what_is_accepted(runs[:half], profile)
+    if left:
+        return left | {run.label: next(iter(left.values())) for run in runs[half:]}
+    return _submit_what_is_accepted(runs[half:], profile)
 
 
 def attach(folder: Path) -> Job | None:
@@ -181,8 +230,13 @@ def _upstream(run: Run) -> Run:
     return Run.of(run.work.after.work)
 
 
-def _submit(runs: list[Run], profile: Profile) -> list[Job]:
-    """Submit one job, or one array; the intent is first recorded in each run folder."""
+def submit(runs: list[Run], profile: Profile) -> list[Job]:
+    """Submit one job, or one array; the intent is first recorded in each run folder. Call it under the launch lock.
+
+    Raises:
+        RefusedError: the scheduler refuses it; nothing is left of the intent.
+        UserError: a run needs another's result that is neither there nor on its way.
+    """
     token = record.new_token()
     jobs = (runs[0].folder / "jobs" if len(runs) == 1 else paths.RUNS / "arrays" / token).absolute()
     jobs.mkdir(parents=True, exist_ok=True)
@@ -195,7 +249,14 @@ def _submit(runs: list[Run], profile: Profile) -> list[Job]:
         intent = Job(profile.kind, token, str(jobs), profile.environment, time.time(), place)
         intents.append(record.write_job(run.folder, intent))
     name = f"{runs[0].work.stage}-{runs[0].work.name}" if len(runs) == 1 else runs[0].work.stage
-    submitted = scheduler_of(profile.kind).submit(intents, profile, code, name, after)
+    try:
+        submitted = scheduler_of(profile.kind).submit(intents, profile, code, name, after)
+    except RefusedError:
+        for run in runs:
+            (run.folder / "job.json").unlink()
+        if len(runs) > 1:
+            shutil.rmtree(jobs)
+        raise
     for run, job in zip(runs, submitted, strict=True):
         record.write_job(run.folder, job)
         log.info("submitted %s job %s for %s; log: %s", job.kind, job.job_id, run.label, run.folder / "log.txt")
@@ -211,6 +272,9 @@ def _write_work(run: Run, profile: Profile, code: Path) -> str | None:
         if upstream.is_done or (job is not None and record.fingerprint_of(upstream.folder) == upstream.fingerprint):
             arguments[after.argument] = str((upstream.folder / "out" / after.output).absolute())
             needed = {"folder": str(upstream.folder.absolute()), "fingerprint": upstream.fingerprint}
+            if job is not None and type(scheduler_of(job.kind)) is not type(scheduler_of(profile.kind)):
+                running = f"{job.kind} job {job.job_id}"
+                raise UserError(f"{run.label} starts from {upstream.label}, whose {running} has not ended: wait for it")
             waits_for = job.job_id if job is not None else None
         elif after.place.exists():
             arguments[after.argument] = str(after.place)

@@ -3,13 +3,13 @@
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from pipeline import paths
 from pipeline.catalogue import comparison_of
 from pipeline.config import Params
+from pipeline.launch.ahead import Ahead
 from pipeline.launch.fingerprint import Work, fingerprint
 from pipeline.launch.jobs import run_job
 from pipeline.launch.works import STAGES, training_folder
@@ -27,8 +27,11 @@ LOOK_AT_OTHERS_EVERY_S = 60.0
 log = logging.getLogger(__name__)
 
 
-def follow(params: Params, task: Task, work: Work, ahead: Sequence[Work], outputs: dict[str, Path]) -> None:
-    """Run a training job, showing its progress and mirroring it, and the trainings queued with it, into MLflow."""
+def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[str, Path]) -> None:
+    """Run a training job, showing its progress; mirror it, and the trainings queued with it, into MLflow.
+
+    Those are looked after meanwhile: one that ends without a result is resubmitted within LOOK_AT_OTHERS_EVERY_S.
+    """
     open_comparison(comparison_of(task.name), params.scale, params.model_dump(mode="json"))
     folder = paths.run(work.stage, work.name)
     server = Server()
@@ -50,8 +53,9 @@ def follow(params: Params, task: Task, work: Work, ahead: Sequence[Work], output
                 log.warning("%s has left its reference: %s", work.name, left)
                 said.add(left)
         mirror.update("RUNNING", in_a_hurry=True)
-        if ahead and now - shown["others_at"] > LOOK_AT_OTHERS_EVERY_S:
-            for other in ahead:
+        if ahead.others and now - shown["others_at"] > LOOK_AT_OTHERS_EVERY_S:
+            ahead.tend()
+            for other in ahead.others:
                 _describe(params, STAGES[other.stage][1], other)
             catch_up(server, running=True)
             shown["others_at"] = time.monotonic()
