@@ -22,7 +22,7 @@ from pipeline.cluster import Profile, load_profile
 from pipeline.config import load_params
 from pipeline.errors import UserError
 from pipeline.launch import ahead, attempts, record, slurm_status
-from pipeline.launch.attempts import Attempt
+from pipeline.launch.attempts import Attempt, Next
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import SCHEDULERS, scheduler_of
 from pipeline.launch.slurm_status import environment
@@ -340,7 +340,7 @@ def test_a_submission_without_an_answer_is_found_or_repeated(
     profile = Profile(kind="slurm", gpus_per_node=0, cpus_per_task=1)
     places = [None] if number == 1 else range(number)
     intents = [Job("slurm", "the-token", str(run_folder / "jobs"), {}, 0.0, place) for place in places]
-    submitted = scheduler_of("slurm").submit(intents, profile, run_folder, "name", after="5")
+    submitted = scheduler_of("slurm").submit(intents, profile, run_folder, "name", after="5", start=Next())
     assert [job.job_id for job in submitted] == (["12"] if number == 1 else ["12_0", "12_1"])
     assert len((run_folder / "calls").read_text().split()) == (1 if is_heard else 2)
     assert (run_folder / "jobs/the-token.pkl").exists()

@@ -24,6 +24,10 @@ from pipeline.launch.record import Failure, Job
 
 MAX_FAILURES = 3
 """A run fails for good after this many failures without a newer checkpoint."""
+MAX_TRANSIENT = 10
+"""The same for errors of nodes and the network, which are counted by themselves."""
+BACK_OFF_S = (60, 300, 900)
+"""How long the attempt after such an error waits: the first, the second, the third and later."""
 LOG_LINES = 15
 FOLDERS = "folders.json"
 BEGINS = "== attempt"
@@ -32,6 +36,15 @@ _FOLLOWS = re.compile(
     r"connection (was )?(reset|closed|refused)|broken pipe|\bgloo\b|\bnccl|\bsocket|tcpstore|remote process", re.I
 )
 _SRUN = re.compile(r"srun: error: (\S+): tasks? ([\d,\-]+): (.+)")
+
+
+class InfrastructureError(Exception):
+    """An error of a node or the network and not of the run: retried with a back-off, on a budget of its own."""
+
+
+def node() -> str:
+    """This machine's name in Slurm, or else its own."""
+    return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 
 
 @dataclass(frozen=True)
@@ -72,9 +85,10 @@ def run_folder(jobs: Path) -> Path:
     return Path(folders[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])
 
 
-def request_requeue(jobs: Path) -> None:
+def request_requeue(jobs: Path, after: "Next | None" = None) -> None:
     """Have the batch script requeue its job once all ranks have exited."""
-    (jobs / f"{os.environ['SLURM_JOB_ID']}.again").touch()
+    text = "" if after is None else f"{after.delay_s} {','.join(after.avoid)}\n"
+    (jobs / f"{os.environ['SLURM_JOB_ID']}.again").write_text(text)
 
 
 @contextmanager
@@ -89,15 +103,17 @@ def errors_of_rank(folder: Path, attempt: Attempt, rank: int) -> Iterator[None]:
     except Exception as error:
         text = str(error) or type(error).__name__
         is_user_error = isinstance(error, UserError) or _is_full_disk(error)
+        is_transient = isinstance(error, InfrastructureError)
         if _is_full_disk(error):
             text += ": free some space; `dvc repro` resumes from the last checkpoint"
         follows = not is_user_error and isinstance(error, RuntimeError) and bool(_FOLLOWS.search(text))
         content = {
             "time": time.time(),
             "rank": rank,
-            "node": os.environ.get("SLURMD_NODENAME", os.uname().nodename),
-            "message": text if is_user_error else f"{type(error).__name__}: {text}",
+            "node": node(),
+            "message": text if is_user_error or is_transient else f"{type(error).__name__}: {text}",
             "is_user_error": is_user_error,
+            "is_transient": is_transient,
             "follows": follows,
         }
         try:
@@ -117,29 +133,60 @@ def _is_full_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _first_error(folder: Path, attempt: Attempt, log_file: Path) -> tuple[str, bool] | None:
-    """The first error of an attempt, with its rank and node, and whether the user can fix it."""
+@dataclass(frozen=True)
+class _Cause:
+    """The first error of an attempt; `node` is empty where it is unknown."""
+
+    message: str
+    node: str = ""
+    is_user_error: bool = False
+    is_transient: bool = False
+
+
+def _first_error(folder: Path, attempt: Attempt, log_file: Path) -> _Cause | None:
+    """By what its ranks wrote, or else by what srun said of a rank that could not."""
     found = record.errors(folder, str(attempt))
     for cause in (error for error in found if not error["follows"]):
         if cause["is_user_error"]:
-            return cause["message"], True
-        return f"rank {cause['rank']} on {cause['node']}: {cause['message']}", False
+            return _Cause(cause["message"], is_user_error=True)
+        message = f"rank {cause['rank']} on {cause['node']}: {cause['message']}"
+        return _Cause(message, cause["node"], is_transient=cause.get("is_transient", False))
     reported = {str(error["rank"]) for error in found}
     own_part = _text(log_file).rpartition(f"{BEGINS} {attempt}\n")[2]
-    for node, tasks, how in _SRUN.findall(own_part):
+    for node_name, tasks, how in _SRUN.findall(own_part):
         if not set(tasks.split(",")) <= reported:
-            return f"rank {tasks} on {node} exited without reporting an error: {how}", False
-    return (f"rank {found[0]['rank']} on {found[0]['node']}: {found[0]['message']}", False) if found else None
+            message = f"rank {tasks} on {node_name} exited without reporting an error: {how}"
+            return _Cause(message, node_name)
+    return _Cause(f"rank {found[0]['rank']} on {found[0]['node']}: {found[0]['message']}") if found else None
 
 
 def fail(folder: Path, attempt: Attempt, log_file: Path, otherwise: str = "no rank reported an error") -> bool:
     """Record that an attempt failed, with its first error or `otherwise`; whether there is to be another."""
-    message, is_user_error = _first_error(folder, attempt, log_file) or (otherwise, False)
+    cause = _first_error(folder, attempt, log_file) or _Cause(otherwise)
     step = record.newest_step(folder)
-    times = 1 + sum(failure.step == step for failure in record.failures(folder))
-    again = times < MAX_FAILURES and not is_user_error
-    record.add_failure(folder, Failure(str(attempt), step, message, is_user_error, again))
+    alike = [each for each in record.failures(folder) if each.step == step and each.is_transient == cause.is_transient]
+    most = MAX_TRANSIENT if cause.is_transient else MAX_FAILURES
+    again = 1 + len(alike) < most and not cause.is_user_error
+    failure = Failure(str(attempt), step, cause.message, cause.is_user_error, again, cause.node, cause.is_transient)
+    record.add_failure(folder, failure)
     return again
+
+
+@dataclass(frozen=True)
+class Next:
+    """When and where the attempt after a failure is to start."""
+
+    delay_s: int = 0
+    avoid: tuple[str, ...] = ()
+    """Nodes on which the run failed since its newest checkpoint."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "Next":
+        step = record.newest_step(folder)
+        failures = [failure for failure in record.failures(folder) if failure.step == step]
+        transient = sum(failure.is_transient for failure in failures)
+        delay_s = BACK_OFF_S[min(transient, len(BACK_OFF_S)) - 1] if failures and failures[-1].is_transient else 0
+        return cls(delay_s, tuple(sorted({failure.node for failure in failures if failure.node})))
 
 
 def report(folder: Path, job: Job) -> str:
@@ -148,7 +195,7 @@ def report(folder: Path, job: Job) -> str:
     last = failures[-1]
     if last.is_user_error:
         return last.message
-    times = sum(failure.step == last.step for failure in failures)
+    times = sum((failure.step, failure.is_transient) == (last.step, last.is_transient) for failure in failures)
     often = f" {times} times without getting beyond step {last.step}" if times > 1 else ""
     tail = "\n  ".join(_text(job.log).splitlines()[-LOG_LINES:]) or "(empty)"
     return (
@@ -174,7 +221,7 @@ def main(jobs: Path) -> int:
     again = fail(folder, attempt, job.log)
     print(f"failed: {record.failures(folder)[-1].message}; {'retrying' if again else 'not retrying'}")
     if again:
-        request_requeue(jobs)
+        request_requeue(jobs, Next.of(folder))
     return 1
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import psutil
 
 from pipeline.cluster import Profile
+from pipeline.launch.attempts import Next
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import Finding, Scheduler, Status
 from pipeline.launch.slurm import environment
@@ -25,8 +26,10 @@ class Local(Scheduler):
 
     has_queue: ClassVar[bool] = False
 
-    def submit(self, intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None) -> list[Job]:
-        """Start one job; `name` and `after` have no meaning here.
+    def submit(
+        self, intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None, start: Next
+    ) -> list[Job]:
+        """Start one job; `name`, `after` and `start` have no meaning here.
 
         Raises:
             ValueError: an array is asked for.

@@ -149,6 +149,8 @@ class Failure:
     message: str
     is_user_error: bool = field(metadata={"help": "the message is complete, and retrying would not help"})
     again: bool = field(metadata={"help": "whether the work is retried"})
+    node: str = field(default="", metadata={"help": "where the first error was; empty: unknown"})
+    is_transient: bool = field(default=False, metadata={"help": "an error of a node or the network, not of the run"})
 
 
 def failures(folder: Path) -> list[Failure]:

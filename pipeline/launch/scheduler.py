@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from pipeline.cluster import Profile
 from pipeline.errors import UserError, unknown
+from pipeline.launch.attempts import Next
 from pipeline.launch.record import Job
 from pipeline.tasks.description import load
 
@@ -62,7 +63,9 @@ class Scheduler(Protocol):
     has_queue: ClassVar[bool]
     """Whether jobs wait in a queue, return to it when they are stopped, and are resubmitted after a failure."""
 
-    def submit(self, intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None) -> list[Job]:
+    def submit(
+        self, intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None, start: Next
+    ) -> list[Job]:
         """Submit one job, or an array with an element for each intent; the same records with their job ids.
 
         The intents are already written to their run folders, with the token and the `jobs` folder that they share.
@@ -73,6 +76,7 @@ class Scheduler(Protocol):
             code: the copy of the package that the job runs.
             name: what the queue shows.
             after: id of a job that has to succeed first.
+            start: when and where, after failures.
 
         Raises:
             RefusedError: the job is refused.

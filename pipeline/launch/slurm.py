@@ -16,6 +16,7 @@ from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import attempts, slurm_status
+from pipeline.launch.attempts import Next
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import Finding, LimitError, RefusedError, Scheduler, Status
 from pipeline.launch.slurm_status import POLL_S, UnreachableError, ask, environment
@@ -26,6 +27,7 @@ AWAY_S = 1800
 """How long submitting waits for a controller that does not answer."""
 NO_ANSWER = ("Unable to contact slurm controller", "Connection refused", "Socket timed out", "connect failure")
 """sbatch's errors that say nothing about the job."""
+UP = "idle,mixed,allocated,completing"
 TEMPORARY = ("job submit limit", "temporarily unable to accept", "temporarily unavailable")
 """sbatch's errors while there are too many jobs."""
 T = TypeVar("T")
@@ -36,11 +38,13 @@ class Slurm(Scheduler):
 
     has_queue: ClassVar[bool] = True
 
-    def submit(self, intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None) -> list[Job]:
+    def submit(
+        self, intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None, start: Next
+    ) -> list[Job]:
         """Submit with sbatch, which may succeed without being able to say so: then the job is found by its token."""
 
         def sbatch() -> list[str]:
-            return _sbatch(intents, profile, code, name, after)
+            return _sbatch(intents, profile, code, name, after, start)
 
         def find_or_sbatch() -> list[str]:
             base = _find(intents[0])
@@ -82,7 +86,9 @@ class Slurm(Scheduler):
         return None
 
 
-def _sbatch(intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None) -> list[str]:
+def _sbatch(
+    intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None, start: Next
+) -> list[str]:
     """Submit one job, or an array with an element for each intent; the ids in order.
 
     Raises:
@@ -97,7 +103,7 @@ def _sbatch(intents: Sequence[Job], profile: Profile, code: Path, name: str, aft
     with environment(profile.environment):
         try:
             executor = submitit.SlurmExecutor(jobs, python=_python(profile))
-            executor.update_parameters(**_parameters(jobs, token, profile, code, name, after))
+            executor.update_parameters(**_parameters(jobs, token, profile, code, name, after, start))
             if len(intents) == 1:
                 return [executor.submit(worker).job_id]
             return [job.job_id for job in executor.submit_array([worker] * len(intents))]
@@ -175,7 +181,9 @@ def resources(profile: Profile) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-def _parameters(jobs: Path, token: str, profile: Profile, code: Path, name: str, after: str | None) -> dict[str, Any]:
+def _parameters(
+    jobs: Path, token: str, profile: Profile, code: Path, name: str, after: str | None, start: Next
+) -> dict[str, Any]:
     """submitit's parameters for a job whose ranks run the package in `code`."""
     asked = resources(profile)
     additional = {"requeue": True, **profile.additional}
@@ -183,6 +191,10 @@ def _parameters(jobs: Path, token: str, profile: Profile, code: Path, name: str,
         additional["mem"] = asked.pop("mem")  # submitit takes whole GB only
     if after is not None:
         additional |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    if start.delay_s:
+        additional["begin"] = f"now+{start.delay_s}"
+    if start.avoid and _nodes_without(start.avoid, profile) >= profile.nodes:
+        additional["exclude"] = ",".join([*filter(None, [_excluded(profile)]), *start.avoid])
     return {
         **asked,
         "job_name": name,
@@ -195,6 +207,21 @@ def _parameters(jobs: Path, token: str, profile: Profile, code: Path, name: str,
         "teardown": _afterwards(jobs, profile),
         "additional_parameters": additional,
     }
+
+
+def _excluded(profile: Profile) -> str:
+    """The nodes that the profile excludes."""
+    return str(profile.additional.get("exclude", ""))
+
+
+def _nodes_without(avoid: Sequence[str], profile: Profile) -> int:
+    """How many nodes a job may run on that are up and not among `avoid`; 0 without an answer."""
+    of_partition = [f"--partition={profile.partition}"] if profile.partition else []
+    command = ["sinfo", "--noheader", "--Node", *of_partition, f"--states={UP}", "--format=%N"]
+    try:
+        return len(set(ask(command, profile.environment).split()) - set(avoid))
+    except (UnreachableError, UserError):
+        return 0
 
 
 def _before(jobs: Path, token: str, profile: Profile, code: Path) -> list[str]:
@@ -216,16 +243,24 @@ def _before(jobs: Path, token: str, profile: Profile, code: Path) -> list[str]:
 def _afterwards(jobs: Path, profile: Profile) -> list[str]:
     """Lines of the batch script after srun: requeue the job if a rank asked for it or a failure is to be retried.
 
+    After a failure it may have to wait, and to avoid nodes, if enough others are up: options of a job that is pending.
     Here and not in a rank: the step has ended, so nothing is killed, and a container need not have scontrol.
     """
+    excluded = f"{_excluded(profile)}," if _excluded(profile) else ""
     return [
         "status=$?",
         f'[ $status -eq 0 ] || {_python(profile)} -m pipeline.launch.attempts "$jobs" && status=0',
         'if [ -e "$jobs/$SLURM_JOB_ID.again" ]; then',
+        '  read -r delay avoid < "$jobs/$SLURM_JOB_ID.again"',
         '  rm "$jobs/$SLURM_JOB_ID.again"',
+        "  change=${delay:+StartTime=now+$delay}",
+        f'  up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states={UP} --format=%N | sort -u |'
+        " grep -cvxF \"${avoid//,/$'\\n'}\")",
+        f'  [ -z "$avoid" ] || [ "$up" -lt "$SLURM_JOB_NUM_NODES" ] || change="$change ExcNodeList={excluded}$avoid"',
         "  for attempt in 1 2 3 4 5 6 7 8 9 10; do",
         '    state=$(scontrol show job "$id") && case $state in *JobState=RUNNING*) ;; *) break ;; esac',
-        '    scontrol requeue "$id" && exit 0',
+        '    scontrol requeue "$id" && { [ -z "$change" ] ||'
+        ' (trap "" TERM; exec scontrol update JobId="$id" $change); exit 0; }',
         "    sleep 3",
         "  done",
         "fi",

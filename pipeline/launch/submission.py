@@ -249,11 +249,14 @@ def submit(runs: list[Run], profile: Profile) -> list[Job]:
         intent = Job(profile.kind, token, str(jobs), profile.environment, time.time(), place)
         intents.append(record.write_job(run.folder, intent))
     name = f"{runs[0].work.stage}-{runs[0].work.name}" if len(runs) == 1 else runs[0].work.stage
+    start = attempts.Next.of(runs[0].folder) if len(runs) == 1 else attempts.Next()
     try:
-        submitted = scheduler_of(profile.kind).submit(intents, profile, code, name, after)
+        submitted = scheduler_of(profile.kind).submit(intents, profile, code, name, after, start)
     except RefusedError:
         for run in runs:
             (run.folder / "job.json").unlink()
+        for file in jobs.glob(".submission_file_*"):
+            file.unlink()
         if len(runs) > 1:
             shutil.rmtree(jobs)
         raise

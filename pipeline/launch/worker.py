@@ -1,18 +1,14 @@
 """What runs inside a job: one process per rank."""
 
-import importlib
-import importlib.util
 import json
 import logging
 import os
-import platform
 import shutil
 import signal
 import sys
 import time
 import traceback
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.launch import attempts, record
-from pipeline.launch.attempts import Attempt
+from pipeline.launch import agreement, attempts, record
+from pipeline.launch.attempts import Attempt, InfrastructureError, node
 from pipeline.launch.fingerprint import code_of, content_digest
 from pipeline.launch.scheduler import Scheduler, scheduler_of
 from pipeline.tasks.description import load
@@ -34,7 +30,7 @@ STALE_S = 60
 """How long a network file system may show an old file."""
 CLAIM_S = 20
 """How often the first rank checks whether another job was submitted for its run folder."""
-RENDEZVOUS_S = 300
+RENDEZVOUS_S = 600
 """How long the other ranks wait for the port of the first."""
 STORE_TIMEOUT = timedelta(minutes=10)
 
@@ -93,7 +89,6 @@ class Worker:
         with attempts.errors_of_rank(folder, attempt, environment.global_rank):
             if is_first:
                 _check_identity(folder)
-                _record_software(folder, attempt)
                 stopping.watch(folder, self.token)
             finished = self._run(folder, environment, attempt, stopping)
             if stopping.is_replaced and not finished:
@@ -127,15 +122,21 @@ class Worker:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Our FFCV operations call C; without this, only importing ffcv compiles for seconds.
         os.environ["NUMBA_DISABLE_JIT"] = "1"
-        if (needed := work["after"]) is not None and not record.is_done(Path(needed["folder"]), needed["fingerprint"]):
-            raise UserError(
-                f"{needed['folder']} does not contain the result that this job depends on: run `dvc repro` again"
-            )
+        if (needed := work["after"]) is not None:
+            _await_done(Path(needed["folder"]), needed["fingerprint"])
+        for beton in work["betons"]:
+            if not Path(beton).exists():
+                raise InfrastructureError(f"{beton} is not there on {node()}: is its file system mounted?")
         call = load(work["call"])
         from pipeline import device as ranks
 
         rank, size = environment.global_rank, environment.num_tasks
+        own = agreement.facts(profile, environment.local_rank, work["arguments"])
         store = rendezvous(folder, attempt, environment.hostnames[0], rank, size) if size > 1 else None
+        if store is not None:
+            agreement.agree(store, rank, size, own, profile)
+        if rank == 0:
+            agreement.hold_to(folder, attempt, own)
         with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
             finished = bool(call(world, folder, profile, **work["arguments"]))
             if finished and rank == 0:
@@ -155,25 +156,25 @@ def _check_identity(folder: Path) -> None:
     if code_of(work["call"]).digest != work["code"]:
         raise UserError(f"the code in {work['snapshot']} is not what this job was queued with: {again}")
     for path, digest in work["inputs"].items():
-        if not Path(path).exists() or content_digest(Path(path)) != digest:
+        if not Path(path).exists():
+            raise InfrastructureError(f"{path} is not there on {node()}: is its file system mounted?")
+        if content_digest(Path(path)) != digest:
             raise UserError(f"{path} has changed since this job was queued: {again}")
 
 
-SOFTWARE = ("torch", "torchvision", "timm", "ffcv", "numpy", "pillow", "opencv-python")
+def _await_done(folder: Path, fingerprint: str) -> None:
+    """Give a network file system time to show the result that this job depends on.
 
-
-def _record_software(folder: Path, attempt: Attempt) -> None:
-    """Record the versions that this attempt runs, and warn if the previous attempt ran others."""
-    now = {name: version(name) for name in SOFTWARE} | {"python": platform.python_version()}
-    for library in ("pipeline.data._pixels", "pipeline.models._block"):
-        spec = importlib.util.find_spec(library)
-        if spec is not None and spec.origin is not None:
-            now[library] = content_digest(Path(spec.origin))[:16]
-    before = (record.software(folder) or [{}])[-1]
-    for name in sorted(before.keys() & now.keys()):
-        if before[name] != now[name]:
-            log.warning("%s is %s now; the previous attempt ran %s", name, now[name], before[name])
-    record.add_software(folder, {"attempt": str(attempt), **now})
+    Raises:
+        UserError: it is not there.
+    """
+    deadline = time.monotonic() + STALE_S
+    while not record.is_done(folder, fingerprint):
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder} does not contain the result that this job depends on: run `dvc repro` again")
+        if folder.exists():
+            list(folder.iterdir())  # makes NFS refresh the folder
+        time.sleep(1)
 
 
 def rendezvous(folder: Path, attempt: Attempt, host: str, rank: int, size: int) -> "TCPStore":
@@ -184,7 +185,7 @@ def rendezvous(folder: Path, attempt: Attempt, host: str, rank: int, size: int) 
     such a port waits for ever.
 
     Raises:
-        UserError: rank 0 did not open a port.
+        InfrastructureError: rank 0 did not open a port.
     """
     import torch.distributed as dist
 
@@ -199,7 +200,8 @@ def rendezvous(folder: Path, attempt: Attempt, host: str, rank: int, size: int) 
     deadline = time.monotonic() + RENDEZVOUS_S
     while place not in folder.iterdir():  # listing the folder makes a network file system refresh it
         if time.monotonic() > deadline:
-            raise UserError(f"rank 0 on {host} did not open a port within {RENDEZVOUS_S} s: {place} is missing")
+            text = f"rank 0 on {host} did not open a port within {RENDEZVOUS_S} s: {place} is missing"
+            raise InfrastructureError(text)
         time.sleep(0.1)
     at = json.loads(place.read_text())
     return dist.TCPStore(at["host"], at["port"], size, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False)

@@ -1,0 +1,160 @@
+"""What is retried, where and how often: errors of nodes against errors of the run, and what ranks must agree on."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline import paths
+from pipeline.cluster import Profile
+from pipeline.errors import UserError
+from pipeline.launch import agreement, attempts, record, slurm
+from pipeline.launch.attempts import BACK_OFF_S, MAX_FAILURES, MAX_TRANSIENT, Attempt, InfrastructureError, Next
+from pipeline.launch.fingerprint import Work
+from pipeline.launch.jobs import run_job
+
+SLURM_PROFILE = Profile(kind="slurm", gpus_per_node=0, cpus_per_task=1)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    (tmp_path / "jobs").mkdir()
+    return tmp_path
+
+
+def leave_error(folder: Path, restart: int, error: Exception, node: str = "n1", rank: int = 0) -> bool:
+    """An attempt that fails on a node; whether there is another."""
+    attempt = Attempt("7", restart)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURMD_NODENAME", node)
+        with pytest.raises((SystemExit, type(error))), attempts.errors_of_rank(folder, attempt, rank):
+            raise error
+    return attempts.fail(folder, attempt, folder / "jobs/7_0_log.out")
+
+
+def test_errors_of_the_infrastructure_have_a_budget_and_a_back_off_of_their_own(run_folder: Path) -> None:
+    unmounted = InfrastructureError("train.beton is not there on n1: is its file system mounted?")
+    delays = []
+    for restart in range(MAX_TRANSIENT - 1):
+        assert leave_error(run_folder, restart, unmounted)
+        delays.append(Next.of(run_folder).delay_s)
+    assert delays == [*BACK_OFF_S, *[BACK_OFF_S[-1]] * (MAX_TRANSIENT - 1 - len(BACK_OFF_S))]
+    for restart in range(MAX_FAILURES - 1):
+        assert leave_error(run_folder, 100 + restart, ValueError("bad pixel")), "the run's own are counted apart"
+        assert Next.of(run_folder).delay_s == 0
+    assert not leave_error(run_folder, 200, unmounted)
+    assert record.failures(run_folder)[-1].message == f"rank 0 on n1: {unmounted}"
+    assert not leave_error(run_folder, 201, ValueError("bad pixel"))
+
+
+def test_a_node_on_which_a_run_failed_is_avoided_until_it_makes_progress(run_folder: Path) -> None:
+    leave_error(run_folder, 0, ValueError("CUDA error: uncorrectable ECC error"), "n3")
+    leave_error(run_folder, 1, InfrastructureError("no GPU"), "n2")
+    assert Next.of(run_folder).avoid == ("n2", "n3")
+    (run_folder / "checkpoints").mkdir()
+    (run_folder / "checkpoints/step-20-0123456789abcdef.pt").touch()
+    assert Next.of(run_folder) == Next(0, ())
+    leave_error(run_folder, 2, RuntimeError("[gloo] Connection closed by peer"), "n1")
+    assert Next.of(run_folder).avoid == (), "it lost its connection to a rank that it cannot name"
+
+
+def parameters(start: Next, profile: Profile) -> dict[str, Any]:
+    return dict(slurm._parameters(Path("jobs"), "t", profile, Path("code"), "n", None, start)["additional_parameters"])
+
+
+def test_a_resubmission_waits_and_excludes_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "ask", lambda command, extra: "n1\nn2\n")
+    start = Next(300, ("n1",))
+    assert parameters(start, SLURM_PROFILE) == {"requeue": True, "begin": "now+300", "exclude": "n1"}
+    with_own = SLURM_PROFILE.model_copy(update={"additional": {"exclude": "n[7-9]"}})
+    assert parameters(start, with_own)["exclude"] == "n[7-9],n1"
+    both = SLURM_PROFILE.model_copy(update={"nodes": 2})
+    assert "exclude" not in parameters(start, both), "it would wait for ever"
+
+
+@pytest.mark.parametrize(
+    ("asked", "updates"),
+    [
+        ("", []),
+        ("60 \n", ["StartTime=now+60"]),
+        ("0 n1,n2\n", ["StartTime=now+0 ExcNodeList=n1,n2"]),
+        ("300 n1,n2,n3\n", ["StartTime=now+300"]),  # none would be left
+    ],
+)
+def test_the_batch_script_requeues_elsewhere_and_later(run_folder: Path, asked: str, updates: list[str]) -> None:
+    """Its lines after srun, with programs in place of Slurm's and a scontrol requeue that signals the script."""
+    programs = {
+        "scontrol": 'case $1 in show) echo JobState=RUNNING;; requeue) kill -TERM $PPID;; *) echo "$*";; esac\n',
+        "sinfo": "printf 'n1\\nn2\\nn3\\nn2\\n'\n",
+    }
+    for name, text in programs.items():
+        (run_folder / name).write_text(f"#!/bin/bash\n{text}")
+        (run_folder / name).chmod(0o755)
+    (run_folder / "jobs/7.again").write_text(asked)
+    script = ["trap : TERM", "id=7", f"jobs={run_folder}/jobs", "true", *slurm._afterwards(run_folder, SLURM_PROFILE)]
+    variables = {
+        "PATH": f"{run_folder}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_PARTITION": "p",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    done = subprocess.run(["bash", "-c", "\n".join(script)], env=variables, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"update JobId=7 {update}" for update in updates]
+    assert not (run_folder / "jobs/7.again").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_job_that_asked_for_gpus_does_not_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = Profile(kind="local", gpus_per_node=1, cpus_per_task=1)
+    work = Work("train_something", "gpu", "pipeline.launch.check:report", {"nonce": "1"})
+    with pytest.raises(UserError, match=r"asked for 1 GPUs, and torch finds none on .*gpus_per_node: 0"):
+        run_job(work, {}, profile=profile)
+    assert not (paths.run("train_something", "gpu") / "done").exists()
+
+
+def agree(*ranks: dict[str, str], gpus: int = 0) -> None:
+    """As the last of these ranks, the others having written theirs."""
+    store = dist.HashStore()
+    for rank, own in enumerate(ranks):
+        store.set(f"facts of {rank}", json.dumps(own))
+    profile = Profile(kind="slurm", gpus_per_node=gpus, cpus_per_task=1)
+    agreement.agree(store, len(ranks) - 1, len(ranks), ranks[-1], profile)
+
+
+def test_ranks_agree_on_device_precision_and_versions() -> None:
+    one = {"node": "n1", "device": "A100", "gpu": "a", "precision": "bf16", "torch": "2.15.0"}
+    agree(one, one | {"node": "n2", "gpu": "b"}, gpus=1)
+    other = {"node": "n2", "device": "V100", "gpu": "c", "precision": "fp32", "torch": "2.15.0"}
+    with pytest.raises(InfrastructureError, match="n1 and rank 1 on n2 differ in device A100 and V100; precision bf16"):
+        agree(one, other, gpus=1)
+    with pytest.raises(InfrastructureError, match=r"torch 2\.15\.0 and 2\.14\.0"):
+        agree(one, one | {"torch": "2.14.0"}, gpus=1)
+    with pytest.raises(InfrastructureError, match="ranks 0, 1 on n1 see one GPU only, and 2 were asked for"):
+        agree(one, one, gpus=2)
+    agree({"node": "n1", "device": "CPU"}, {"node": "n1", "device": "CPU"})
+
+
+def test_a_later_attempt_computes_in_the_precision_of_the_first(run_folder: Path) -> None:
+    own = {"node": "n1", "device": "A100", "gpu": "a", "precision": "bf16", "torch": "2.15.0"}
+    agreement.hold_to(run_folder, Attempt("7", 0), own)
+    agreement.hold_to(run_folder, Attempt("7", 1), own | {"precision": "fp32"})  # no step was taken yet
+    (run_folder / "checkpoints").mkdir()
+    (run_folder / "checkpoints/step-20-0123456789abcdef.pt").touch()
+    agreement.hold_to(run_folder, Attempt("7", 2), own | {"precision": "fp32", "device": "V100"})
+    with pytest.raises(InfrastructureError, match=r"first 20 steps were computed in fp32, and A100 on n1 .* in bf16"):
+        agreement.hold_to(run_folder, Attempt("7", 3), own)
+    assert [entry["attempt"] for entry in record.software(run_folder)] == ["7.0", "7.1", "7.2"]
+
+
+def test_the_precision_is_found_among_the_arguments_of_trainings_and_evaluations() -> None:
+    own = agreement.facts(SLURM_PROFILE, 0, {"recipe": {"precision": "bf16"}})
+    assert own["precision"] == "bf16"
+    assert agreement.facts(SLURM_PROFILE, 0, {"settings": {"precision": "fp32"}})["precision"] == "fp32"
+    assert "precision" not in agreement.facts(SLURM_PROFILE, 0, {"nonce": "1"})
