@@ -1,5 +1,6 @@
 """Cluster profiles: where a job runs, and how a global batch is spread over its ranks. Never a DVC dependency."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,9 +23,7 @@ class Profile(Strict):
 
     kind: Literal["local", "slurm"] = Field(description="this machine, or sbatch")
     nodes: int = Field(default=1, ge=1)
-    gpus_per_node: int | Literal["auto"] = Field(
-        default="auto", description="'auto' (local only): all of this machine's"
-    )
+    gpus_per_node: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): all visible ones")
     ranks_per_node: int | None = Field(default=None, ge=1, description="default: one per GPU, or one without GPUs")
     cpus_per_task: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): cores / ranks")
     max_images_per_device: int = Field(
@@ -77,6 +76,8 @@ class Profile(Strict):
         """GPUs per node."""
         if self.gpus_per_node != "auto":
             return self.gpus_per_node
+        if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+            return len([device for device in visible.split(",") if device.strip()])
         return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
     @property

@@ -10,10 +10,11 @@ import pytest
 from conftest import Checkout
 
 from pipeline import paths, upkeep
+from pipeline.cluster import Profile
 from pipeline.config import load_params
 from pipeline.errors import UserError
 from pipeline.experiments import compose
-from pipeline.launch import record, worker
+from pipeline.launch import agreement, record, worker
 from pipeline.launch.attempts import Attempt
 from pipeline.launch.fingerprint import code_of, content_digest, identify, snapshot
 from pipeline.launch.record import Job
@@ -104,10 +105,11 @@ def test_software_is_recorded_at_each_attempt_and_another_version_is_said(
     run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim_folder(run)
-    worker._record_software(run.folder, Attempt("7", 0))
+    profile = Profile(kind="local", gpus_per_node=0)
+    agreement.hold_to(run.folder, Attempt("7", 0), agreement.facts(profile, 0, {}))
     assert not caplog.records
-    monkeypatch.setattr(worker, "version", lambda name: "9.9" if name == "torch" else "1")
-    worker._record_software(run.folder, Attempt("7", 1))
+    monkeypatch.setattr(agreement, "version", lambda name: "9.9" if name == "torch" else "1")
+    agreement.hold_to(run.folder, Attempt("7", 1), agreement.facts(profile, 0, {}))
     first, second = record.software(run.folder)
     assert (first["attempt"], second["attempt"], second["torch"]) == ("7.0", "7.1", "9.9")
     assert f"torch is 9.9 now; the previous attempt ran {first['torch']}" in caplog.text

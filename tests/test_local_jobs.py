@@ -21,7 +21,7 @@ from pipeline import paths
 from pipeline.cluster import Profile, load_profile
 from pipeline.config import load_params
 from pipeline.errors import UserError
-from pipeline.launch import ahead, attempts, record, slurm_status
+from pipeline.launch import ahead, attempts, local, record, slurm_status, submission
 from pipeline.launch.attempts import Attempt, Next
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import SCHEDULERS, scheduler_of
@@ -80,7 +80,7 @@ def test_a_local_launcher_killed_before_it_noted_its_job_is_followed(checkout: C
     first.wait()
     job = json.loads(record_file.read_text())
     wait_until(lambda: (checkout.folder / RUN / "log.txt").exists(), "the job's start")
-    record_file.write_text(json.dumps({**job, "job_id": None, "created": None}))
+    record_file.write_text(json.dumps({**job, "job_id": None}))
     second = subprocess.Popen(
         COMMAND, cwd=checkout.folder, env=checkout.environment, stdout=subprocess.PIPE, text=True, bufsize=1
     )
@@ -92,6 +92,61 @@ def test_a_local_launcher_killed_before_it_noted_its_job_is_followed(checkout: C
     assert not psutil.pid_exists(int(job["job_id"])) or (
         psutil.Process(int(job["job_id"])).status() == psutil.STATUS_ZOMBIE
     )
+
+
+def test_a_local_job_is_known_whatever_the_clock_says_and_where_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its controller's command; another process that has its id by now is not it. Nobody can ask another machine."""
+    monkeypatch.chdir(tmp_path)
+    folder, jobs = paths.run("train_classifier", "poolformer_s12-0"), str(tmp_path / "jobs")
+    folder.mkdir(parents=True)
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    controller = subprocess.Popen([*sleep, "submitit.local._local", jobs])
+    stranger = subprocess.Popen([*sleep, "submitit.local._local", str(tmp_path / "other")])
+    job = Job("local", "token", jobs, {}, time.time(), job_id=str(controller.pid), **record.this_host())
+    try:
+        wait_until(lambda: not submission.state(job).is_over, "the controller's start", 20)
+        boot_time = psutil._pslinux.boot_time
+        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time() + 1.0)
+        assert submission.state(job).state == "RUNNING"
+        assert submission.state(dataclasses.replace(job, job_id=str(stranger.pid))).is_over
+        assert submission.state(dataclasses.replace(job, host="before", job_id=str(stranger.pid))).is_over
+        old = dataclasses.asdict(job) | {"created": 1.0}  # of an earlier version
+        (folder / "job.json").write_text(json.dumps(old))
+        assert submission.attach(folder) == job
+    finally:
+        for process in (controller, stranger):
+            process.kill()
+            process.wait()
+    assert submission.attach(folder) is None
+    rebooted = dataclasses.replace(job, boot="another")
+    assert submission.state(rebooted).is_over
+    elsewhere = dataclasses.replace(rebooted, host="login2")
+    record.write_job(folder, elsewhere)
+    with pytest.raises(UserError, match=r"was started on login2, .*; if it has ended, delete .*job\.json"):
+        submission.attach(folder)
+    assert not submission.state(elsewhere).is_over
+    record.write_job(folder, dataclasses.replace(elsewhere, kind="slurm", uid=os.getuid() + 1))
+    with pytest.raises(UserError, match=r"is user \d+'s, who alone can ask"):
+        submission.attach(folder)
+
+
+def test_a_local_job_takes_the_gpus_that_its_user_left_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = Profile(kind="local")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert auto.gpus == auto.ranks_here == 2
+    assert local._visible_gpus(2) == (3, 5)
+    with pytest.raises(UserError, match="leaves 2 GPUs of the 8"):
+        local._visible_gpus(8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a2b")
+    with pytest.raises(UserError, match="by their numbers"):
+        local._visible_gpus(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert auto.gpus == 0
+    assert local._visible_gpus(0) == ()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert local._visible_gpus(1) == ()
 
 
 def test_a_record_that_names_a_job_has_its_log(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

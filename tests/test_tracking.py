@@ -15,7 +15,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from tracking_server import finish, free_port, history_of, run_folder, train
 
@@ -272,9 +271,10 @@ def test_two_servers_each_get_everything(client: Any, empty_database: Path, monk
 def test_what_became_of_a_job_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = run_folder(steps=1)
-    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    controller = ["submitit.local._local", "jobs"]
+    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *controller])
     try:
-        record.write_job(folder, job_record(job.pid, psutil.Process(job.pid).create_time()))
+        record.write_job(folder, record.Job("local", "token", "jobs", {}, submitted=0.0, job_id=str(job.pid)))
         assert status(folder) == "RUNNING"
     finally:
         job.send_signal(signal.SIGKILL)
@@ -285,7 +285,3 @@ def test_what_became_of_a_job_is_read_from_its_files(tmp_path: Path, monkeypatch
     assert status(folder) == "FAILED"
     (folder / "done").write_text("mark")
     assert status(folder) == "FINISHED"
-
-
-def job_record(process: int, created: float) -> record.Job:
-    return record.Job("local", "token", "jobs", {}, submitted=created, job_id=str(process), created=created)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import psutil
 
 from pipeline.cluster import Profile
+from pipeline.errors import UserError
 from pipeline.launch.attempts import Next
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import Finding, Scheduler, Status
@@ -22,7 +23,10 @@ CHECKPOINT_S = 60
 
 
 class Local(Scheduler):
-    """Starts a job at once. A job's id is its controller's process id, which is unique only with `Job.created`."""
+    """Starts a job at once.
+
+    A job's id is its controller's process id, which is its own only while that process is
+    submitit's controller for the job's folder: no clock is asked, which may be set while the job runs."""
 
     has_queue: ClassVar[bool] = False
 
@@ -33,6 +37,7 @@ class Local(Scheduler):
 
         Raises:
             ValueError: an array is asked for.
+            UserError: CUDA_VISIBLE_DEVICES does not go with the profile.
         """
         import submitit
 
@@ -44,6 +49,7 @@ class Local(Scheduler):
         executor.update_parameters(
             tasks_per_node=profile.ranks_here,
             gpus_per_node=profile.gpus,
+            visible_gpus=_visible_gpus(profile.gpus),
             stderr_to_stdout=True,
             timeout_min=365 * 24 * 60,
         )
@@ -53,17 +59,16 @@ class Local(Scheduler):
         variables = profile.environment | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         with environment(variables), _ignoring_ctrl_c():
             submitted = executor.submit(Worker(jobs, intent.token))
-        return [replace(intent, job_id=submitted.job_id, created=psutil.Process(int(submitted.job_id)).create_time())]
+        return [replace(intent, job_id=submitted.job_id)]
 
     def find(self, intent: Job) -> Job | None:
         """The controller that a killed launcher started; its pickle is written if the launcher did not get to it."""
-        for process in psutil.process_iter(["cmdline", "create_time"]):
-            command, created = process.info["cmdline"] or [], process.info["create_time"]
-            if command[-2:] == ["submitit.local._local", intent.jobs] and created >= intent.submitted - 1:
+        for process in psutil.process_iter(["cmdline"]):
+            if _is_controller(process.info["cmdline"] or [], intent.jobs):
                 pickle = Path(intent.jobs) / f"{process.pid}_submitted.pkl"
                 if not pickle.exists():
                     Worker(Path(intent.jobs), intent.token).pickled(pickle)
-                return replace(intent, job_id=str(process.pid), created=created)
+                return replace(intent, job_id=str(process.pid))
         return None
 
     def status(self, job: Job) -> Status:
@@ -85,20 +90,37 @@ class Local(Scheduler):
         """Nothing: this machine is looked at whatever the profile."""
         return iter(())
 
-    def process_start(self) -> float | None:
-        """Of the controller, this process's parent."""
-        parent = psutil.Process().parent()
-        return parent.create_time() if parent is not None else 0.0
-
 
 def _process(job: Job) -> psutil.Process | None:
     assert job.job_id is not None
     try:
         process = psutil.Process(int(job.job_id))
-        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() == job.created
-    except psutil.NoSuchProcess:
+        return process if _is_controller(process.cmdline(), job.jobs) else None
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return None
-    return process if alive else None
+
+
+def _is_controller(command: list[str], jobs: str) -> bool:
+    """Whether a process's command is submitit's controller for a `jobs` folder; a zombie has no command."""
+    return command[-2:] == ["submitit.local._local", jobs]
+
+
+def _visible_gpus(wanted: int) -> tuple[int, ...]:
+    """Those of CUDA_VISIBLE_DEVICES, which submitit would else replace by the first `wanted` of the machine.
+
+    Raises:
+        UserError: they are not numbers, or fewer than `wanted`.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or wanted == 0:
+        return ()
+    try:
+        numbers = tuple(int(device) for device in visible.split(",") if device.strip())
+    except ValueError:
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: name GPUs by their numbers, as 0,1") from None
+    if len(numbers) < wanted:
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible} leaves {len(numbers)} GPUs of the {wanted} of gpus_per_node")
+    return numbers
 
 
 @contextmanager

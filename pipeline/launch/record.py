@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +37,30 @@ class Job:
     submitted: float = field(metadata={"help": "Unix time of the intent, s"})
     index: int | None = field(default=None, metadata={"help": "place in the job array"})
     job_id: str | None = None
-    created: float | None = field(default=None, metadata={"help": "start of a local job's process, Unix time, s"})
+    host: str = field(default="", metadata={"help": "of the launcher; a local job runs there"})
+    boot: str = field(default="", metadata={"help": "the kernel's id of the host's boot"})
+    uid: int | None = field(default=None, metadata={"help": "user who submitted it"})
 
     @property
     def log(self) -> Path:
         """The output of the first rank, srun and the batch script; other ranks' logs are beside it."""
         return Path(self.jobs) / f"{self.job_id}_0_log.out"
+
+
+def this_host() -> dict[str, Any]:
+    """`host`, `boot` and `uid` of a job that this process submits."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return {"host": os.uname().nodename, "boot": boot, "uid": os.getuid()}
+
+
+def out_of_sight(job: Job, *, has_queue: bool) -> str | None:
+    """Why this process cannot know what has become of a job: another user's, or a local one on another machine."""
+    here = this_host()
+    if job.uid not in (None, here["uid"]):
+        return f"job {job.job_id} is user {job.uid}'s, who alone can ask the scheduler for it"
+    if not has_queue and job.host not in ("", here["host"]) and job.boot != here["boot"]:
+        return f"job {job.job_id} was started on {job.host}, which alone can see whether it runs"
+    return None
 
 
 def new_token() -> str:
@@ -59,9 +77,11 @@ def launching() -> Iterator[None]:
 
 def read_job(folder: Path) -> Job | None:
     try:
-        return Job(**json.loads((folder / "job.json").read_text()))
+        entries = json.loads((folder / "job.json").read_text())
     except FileNotFoundError:
         return None
+    known = {each.name for each in fields(Job)}
+    return Job(**{name: value for name, value in entries.items() if name in known})  # others are of other versions
 
 
 def write_job(folder: Path, job: Job) -> Job:
@@ -79,13 +99,13 @@ def write_job(folder: Path, job: Job) -> Job:
     return job
 
 
-def fill_in(folder: Path, token: str, job_id: str, created: float | None = None) -> bool:
+def fill_in(folder: Path, token: str, job_id: str) -> bool:
     """Record the job id of a token's submission; False if the run folder was submitted again under another token."""
     job = read_job(folder)
     if job is None or job.token != token or job.job_id not in (None, job_id):
         return False
     if job.job_id is None:
-        write_job(folder, replace(job, job_id=job_id, created=created))
+        write_job(folder, replace(job, job_id=job_id))
     return True
 
 

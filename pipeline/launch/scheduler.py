@@ -108,10 +108,6 @@ class Scheduler(Protocol):
         """What `python -m pipeline doctor` finds of a profile, read from `path`; nothing is submitted."""
         ...
 
-    def process_start(self) -> float | None:
-        """Called inside a job: when the process that is its id started, Unix time, s; None where ids are unique."""
-        ...
-
 
 def scheduler_of(kind: str) -> Scheduler:
     """The scheduler of a cluster profile's or a job's `kind`.

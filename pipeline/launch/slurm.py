@@ -81,10 +81,6 @@ class Slurm(Scheduler):
 
         return check(profile, path)
 
-    def process_start(self) -> float | None:
-        """None: Slurm's ids are unique, and a new installation's are told apart by the token."""
-        return None
-
 
 def _sbatch(
     intents: Sequence[Job], profile: Profile, code: Path, name: str, after: str | None, start: Next

@@ -86,13 +86,13 @@ def queue(works: Sequence[Work], profile: Profile, since: float, most: int | Non
         for run in map(Run.of, works):
             try:
                 claim_folder(run)
+                if run.is_done:
+                    continue
+                before, job = record.read_job(run.folder), attach(run.folder)
             except UserError as error:
                 left[run.label] = str(error)
                 continue
-            if run.is_done:
-                continue
-            before = record.read_job(run.folder)
-            if attach(run.folder) is not None:
+            if job is not None:
                 alive += 1
             elif before is None or before.submitted <= since:
                 (behind if run.work.after is not None and not _upstream(run).is_done else first).append(run)
@@ -110,10 +110,12 @@ def queue(works: Sequence[Work], profile: Profile, since: float, most: int | Non
 
 def _jobs_alive() -> int:
     """Pending and running jobs of this checkout."""
-    folders = [file.parent for file in sorted(paths.RUNS.glob("*/*/job.json"))]
-    return sum(
-        not record.is_done(folder, record.fingerprint_of(folder)) and attach(folder) is not None for folder in folders
-    )
+    number = 0
+    for folder in (file.parent for file in sorted(paths.RUNS.glob("*/*/job.json"))):
+        job = record.read_job(folder)
+        if job is not None and not record.is_done(folder, record.fingerprint_of(folder)):
+            number += not state(job).is_over
+    return number
 
 
 def _submit_what_is_accepted(runs: list[Run], profile: Profile) -> dict[str, str]:
@@ -135,8 +137,14 @@ def _submit_what_is_accepted(runs: list[Run], profile: Profile) -> dict[str, str
 
 
 def attach(folder: Path) -> Job | None:
-    """This folder's job, if it is pending or running."""
+    """This folder's job, if it is pending or running.
+
+    Raises:
+        UserError: that cannot be known here: it is another user's, or runs on another machine.
+    """
     job = record.read_job(folder)
+    if job is not None and (reason := record.out_of_sight(job, has_queue=scheduler_of(job.kind).has_queue)):
+        raise UserError(f"{folder} is in use: {reason}; if it has ended, delete {folder}/job.json")
     if job is not None and job.job_id is None:
         job = scheduler_of(job.kind).find(job)
         if job is not None:
@@ -146,7 +154,10 @@ def attach(folder: Path) -> Job | None:
 
 def state(job: Job) -> Status:
     """The last known status of a job, or of an intent to submit one."""
-    return scheduler_of(job.kind).status(job) if job.job_id is not None else Status("SUBMITTING", False)
+    scheduler = scheduler_of(job.kind)
+    if (reason := record.out_of_sight(job, has_queue=scheduler.has_queue)) is not None:
+        return Status("RUNNING", False, doubt=reason)
+    return scheduler.status(job) if job.job_id is not None else Status("SUBMITTING", False)
 
 
 def cancel(stage: str, name: str) -> str:
@@ -246,7 +257,7 @@ def submit(runs: list[Run], profile: Profile) -> list[Job]:
     for index, run in enumerate(runs):
         after = _write_work(run, profile, code)
         place = index if len(runs) > 1 else None
-        intent = Job(profile.kind, token, str(jobs), profile.environment, time.time(), place)
+        intent = Job(profile.kind, token, str(jobs), profile.environment, time.time(), place, **record.this_host())
         intents.append(record.write_job(run.folder, intent))
     name = f"{runs[0].work.stage}-{runs[0].work.name}" if len(runs) == 1 else runs[0].work.stage
     start = attempts.Next.of(runs[0].folder) if len(runs) == 1 else attempts.Next()

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.launch import agreement, attempts, record
 from pipeline.launch.attempts import Attempt, InfrastructureError, node
 from pipeline.launch.fingerprint import code_of, content_digest
-from pipeline.launch.scheduler import Scheduler, scheduler_of
+from pipeline.launch.scheduler import scheduler_of
 from pipeline.tasks.description import load
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Worker:
             log.info("%s is already done: exiting", folder)
             return
         if is_first:
-            self._claim(folder, attempt, scheduler)
+            self._claim(folder, attempt)
         with attempts.errors_of_rank(folder, attempt, environment.global_rank):
             if is_first:
                 _check_identity(folder)
@@ -101,14 +101,13 @@ class Worker:
         elif is_first:
             attempts.request_requeue(self.jobs)
 
-    def _claim(self, folder: Path, attempt: Attempt, scheduler: Scheduler) -> None:
+    def _claim(self, folder: Path, attempt: Attempt) -> None:
         """Record this job as the run folder's; exit if the folder was submitted under another token.
 
         A duplicate job, should there ever be one, changes nothing because of this.
         """
-        created = scheduler.process_start()
         deadline = time.monotonic() + STALE_S
-        while not record.fill_in(folder, self.token, attempt.job, created):
+        while not record.fill_in(folder, self.token, attempt.job):
             if time.monotonic() > deadline:
                 log.error("%s belongs to another job: exiting without changing anything", folder)
                 raise SystemExit(1)
