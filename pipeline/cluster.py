@@ -34,6 +34,9 @@ class Profile(Strict):
     )
     compile: bool = Field(default=False, description="training's blocks through torch.compile")
     checkpoint_interval_s: float = Field(default=600, gt=0)
+    stall_min: float = Field(
+        default=30, ge=0, description="minutes without a step after which a training is ended and retried; 0: never"
+    )
     validations: int = Field(
         default=30,
         ge=0,

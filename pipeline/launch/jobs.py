@@ -26,6 +26,8 @@ from pipeline.train import history
 
 log = logging.getLogger(__name__)
 WAKE_S = 0.5
+QUIET_MIN = 15
+"""`jobs` says how long a running training has written nothing, from then on."""
 RESULT_S = 60
 """How much later than its end a network file system may show a job's result."""
 
@@ -155,4 +157,8 @@ def _why(folder: Path, job: Job, status: Status) -> str:
         return failures[-1].message if failures else f"see {job.log}"
     if status.doubt or status.state == "PENDING":
         return status.describe(str(job.job_id)).removeprefix(f"job {job.job_id} ")
-    return f"after {len(failures)} failures, the last: {failures[-1].message}" if failures else ""
+    parts = [f"after {len(failures)} failures, the last: {failures[-1].message}"] if failures else []
+    records = history.read(folder / "history.jsonl") if status.state == "RUNNING" else []
+    if records and (quiet_min := (time.time() - records[-1]["time_ms"] / 1000) / 60) > QUIET_MIN:
+        parts.insert(0, f"no line in its history for {quiet_min:.0f} min")
+    return "; ".join(parts)

@@ -7,6 +7,7 @@ every job is assumed to be as it was.
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ ABSENT_POLLS = 2
 UNSETTLED_POLLS = 4
 OPTIONS = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_")
 """Prefixes of variables that change what sbatch submits, and which jobs squeue and sacct list."""
+_answered = set[str]()
+"""Slurm's commands that this process has run."""
 ALIVE = {"RUNNING", "PENDING", "SUSPENDED", "COMPLETING", "RESIZING"}
 """Not over while the accounting says so, whatever squeue lists: a second job would write into the run folder."""
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -50,13 +53,19 @@ class Row:
     comment: str
 
 
+def variables(extra: dict[str, str]) -> dict[str, str]:
+    """This process's variables with `extra`, without those that Slurm's commands take for options."""
+    kept = ("SLURM_CONF", "SLURM_JWT")
+    return {key: value for key, value in os.environ.items() if not key.startswith(OPTIONS) or key in kept} | extra
+
+
 @contextmanager
 def environment(extra: dict[str, str]) -> Iterator[None]:
     """Set `extra`, and hide a surrounding job's and the shell's variables that Slurm's commands take for options."""
-    before = dict(os.environ)
-    for key in [key for key in os.environ if key.startswith(OPTIONS) and key != "SLURM_CONF"]:
+    before, inside = dict(os.environ), variables(extra)
+    for key in before.keys() - inside.keys():
         del os.environ[key]
-    os.environ.update(extra)
+    os.environ.update(inside)
     try:
         yield
     finally:
@@ -71,14 +80,26 @@ def ask(command: list[str], extra: dict[str, str]) -> str:
         UnreachableError: it fails, or does not answer.
         UserError: it is not installed here.
     """
-    with environment(extra):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except FileNotFoundError:
-            text = f"{command[0]} is not on the PATH: log in to a node of the cluster, or load its module"
-            raise UserError(text) from None
-        except subprocess.TimeoutExpired:
-            raise UnreachableError(f"{command[0]} did not answer within 60 s") from None
+    inside = variables(extra)
+    program = shutil.which(command[0], path=inside.get("PATH"))
+    if program is None and command[0] not in _answered:
+        raise UserError(f"{command[0]} is not on the PATH: log in to a node of the cluster, or load its module")
+    try:
+        # Anyone's comment may have any bytes.
+        done = subprocess.run(
+            [program or command[0], *command[1:]],
+            env=inside,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+        )
+    except subprocess.TimeoutExpired:
+        raise UnreachableError(f"{command[0]} did not answer within 60 s") from None
+    except OSError as error:  # its file system is away, or this machine has no process left
+        raise UnreachableError(f"{command[0]}: {error.strerror}") from None
+    _answered.add(command[0])
     if done.returncode:
         raise UnreachableError(" ".join(done.stderr.split()) or f"{command[0]} failed")
     return done.stdout
@@ -110,7 +131,8 @@ def _sacct(jobs: list[str], extra: dict[str, str]) -> dict[str, str]:
         lines = ask(command, extra).splitlines()
     except (UnreachableError, UserError):
         return {}
-    return {job_id: state.split()[0].rstrip("+") for job_id, state in (line.split("|") for line in lines) if state}
+    rows = [line.split("|") for line in lines]
+    return {row[0]: row[1].split()[0].rstrip("+") for row in rows if len(row) == 2 and row[1].strip()}
 
 
 def status(job: Job) -> Status:
@@ -119,11 +141,14 @@ def status(job: Job) -> Status:
         raise ValueError("a submission without an id has to be found first")
     with FileLock(paths.RUNS / "slurm.lock"):
         seen = _load()
-        seen["wanted"][job.job_id] = {"at": time.time(), "token": job.token}
-        if time.time() - seen["asked"] >= POLL_S:
-            _refresh(seen, job.environment)
-        with paths.written_atomically(_cache()) as temporary:
-            temporary.write_text(json.dumps(seen))
+        now, before = time.time(), seen["wanted"].get(job.job_id, {"at": 0.0, "token": ""})
+        is_due = abs(now - seen["asked"]) >= POLL_S  # abs: another machine's clock may be ahead
+        if is_due or before["token"] != job.token or abs(now - before["at"]) >= POLL_S:
+            seen["wanted"][job.job_id] = {"at": now, "token": job.token}
+            if is_due:
+                _refresh(seen, job.environment)
+            with paths.written_atomically(_cache()) as temporary:
+                temporary.write_text(json.dumps(seen))
     return _status(job, seen)
 
 
@@ -136,7 +161,7 @@ def _load() -> dict[str, Any]:
         seen: dict[str, Any] = json.loads(_cache().read_text())
         return seen
     except (FileNotFoundError, json.JSONDecodeError):
-        return {"asked": 0.0, "rows_at": 0.0, "rows": {}, "wanted": {}, "absent": {}, "unsettled": {}, "fault": None}
+        return {"asked": 0.0, "rows": {}, "wanted": {}, "absent": {}, "unsettled": {}, "fault": None}
 
 
 def _refresh(seen: dict[str, Any], extra: dict[str, str]) -> None:
@@ -146,7 +171,7 @@ def _refresh(seen: dict[str, Any], extra: dict[str, str]) -> None:
     except UnreachableError as error:
         seen.update(asked=time.time(), fault=str(error))
         return
-    wanted = {job_id: by for job_id, by in seen["wanted"].items() if started - by["at"] < 6 * POLL_S}
+    wanted = {job_id: by for job_id, by in seen["wanted"].items() if abs(started - by["at"]) < 6 * POLL_S}
     # A new installation of Slurm counts its jobs from 1 again: the id may be another submission's by now.
     others = {i for i in wanted.keys() & rows.keys() if _is_anothers(rows[i].comment, wanted[i]["token"])}
     absent = [job_id for job_id in wanted if job_id not in rows or job_id in others]
@@ -155,7 +180,6 @@ def _refresh(seen: dict[str, Any], extra: dict[str, str]) -> None:
     counts, unsettled = seen["absent"], seen["unsettled"]
     seen.update(
         asked=time.time(),
-        rows_at=started,
         fault=None,
         wanted=wanted,
         rows={job_id: asdict(row) for job_id, row in rows.items() if job_id not in others},
@@ -176,9 +200,9 @@ def _status(job: Job, seen: dict[str, Any]) -> Status:
     if row is not None and not _is_anothers(row.comment, job.token):
         settled = row.state in FINAL or seen["unsettled"].get(job.job_id, 0) >= UNSETTLED_POLLS
         return Status(row.state, settled, row.reason, row.start, row.nodes, doubt)
-    if seen["rows_at"] <= job.submitted or doubt:
+    if job.job_id not in seen["absent"] or doubt:  # not asked about yet
         return Status("SUBMITTED", False, doubt=doubt)
-    absent = seen["absent"].get(job.job_id, {"asks": 0, "state": None})
+    absent = seen["absent"][job.job_id]
     if absent["state"] in FINAL:
         return Status(absent["state"], True)
     if absent["state"] in ALIVE:

@@ -8,18 +8,21 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import paths
+from pipeline.catalogue import TASKS
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import agreement, attempts, record
 from pipeline.launch.attempts import Attempt, InfrastructureError, node
 from pipeline.launch.fingerprint import code_of, content_digest
 from pipeline.launch.scheduler import scheduler_of
+from pipeline.launch.stall import ended_without_steps
 from pipeline.tasks.description import load
 
 if TYPE_CHECKING:
@@ -137,7 +140,12 @@ class Worker:
         if rank == 0:
             agreement.hold_to(folder, attempt, own)
         with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
-            finished = bool(call(world, folder, profile, **work["arguments"]))
+            is_training = folder.parent.name in {task.training_stage for task in TASKS.values()}
+            limit_s = profile.stall_min * 60
+            stopping.asked_at = time.monotonic()
+            lively = ended_without_steps(lambda: stopping.asked_at, limit_s, folder, attempt, rank)
+            with lively if is_training else nullcontext():
+                finished = bool(call(world, folder, profile, **work["arguments"]))
             if finished and rank == 0:
                 with paths.written_atomically(folder / "done") as temporary:
                     temporary.write_text(str(record.fingerprint_of(folder)))
@@ -211,7 +219,7 @@ class _Stopping:
 
     def __init__(self) -> None:
         self.asked = self.is_replaced = False
-        self.checked = time.monotonic()
+        self.checked = self.asked_at = time.monotonic()
         self.watched: tuple[Path, str] | None = None
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._note)
@@ -227,6 +235,8 @@ class _Stopping:
         self.watched = (folder, token)
 
     def __call__(self) -> bool:
+        """Asked by a training after each step."""
+        self.asked_at = time.monotonic()
         if self.watched is not None and time.monotonic() - self.checked > CLAIM_S:
             self.checked = time.monotonic()
             job = record.read_job(self.watched[0])
