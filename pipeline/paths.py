@@ -1,7 +1,8 @@
 """Where every file lies, relative to the checkout's root (the working directory of every command)."""
 
+import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,17 +107,16 @@ def cluster_profile() -> Path:
 def written_atomically(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; when the block ends well, fsync it and rename it to `path`.
 
-    A reader sees the old file or the whole new one, never a part, also after a power cut.
+    A reader sees the old file or the whole new one, never a part, also after a power cut. Who may read it is up to the
+    user's umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
         sync_directory(path.parent)
     finally:
@@ -124,9 +124,12 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 
 def sync_directory(folder: Path) -> None:
-    """Have a rename in `folder` survive a power cut."""
+    """Have a rename in `folder` survive a power cut, where its file system has a way to say so."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
+    except OSError as error:  # some FUSE and CIFS mounts cannot sync a directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
     finally:
         os.close(directory)

@@ -1,20 +1,23 @@
 """Jobs on this machine without Slurm: several ranks, a signal, the launcher's death, and the first error of several."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import psutil
 import pytest
-from conftest import ROOT, Checkout
+from conftest import ROOT, Checkout, skip
 from slurm_cluster import wait_until
 
 from pipeline import paths
@@ -23,11 +26,13 @@ from pipeline.config import load_params
 from pipeline.errors import UserError
 from pipeline.launch import ahead, attempts, local, record, slurm_status, submission
 from pipeline.launch.attempts import Attempt, Next
+from pipeline.launch.fingerprint import snapshot
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import SCHEDULERS, scheduler_of
 from pipeline.launch.slurm_status import environment
 from pipeline.launch.worker import rendezvous
 from pipeline.tracking.run_files import RunFiles
+from pipeline.train import history
 
 RUN = Path("runs/train_classifier/poolformer_s12-0")
 COMMAND = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12", "0"]
@@ -427,3 +432,84 @@ def test_the_batch_script_retries_failed_ranks_and_not_a_run_that_is_done(run_fo
     (run_folder / "done").write_text("ab")
     assert after_srun().returncode == 0
     assert [failure.attempt for failure in record.failures(run_folder)] == ["7.1"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run folder on a file system of its own, which is full."""
+    folder = tmp_path / "runs/train_classifier/poolformer_s12-0"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        skip(f"mounting needs root: {mounted.stderr}")
+    try:
+        (folder / "jobs").mkdir()
+        with contextlib.suppress(OSError):
+            (folder / "filler").write_bytes(bytes(2**20))
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_below_the_run_folder_is_named(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no room for the rank's error, nor for the failure; later there is, and only the log says what it was."""
+    attempt, log = Attempt("7", 0), small_disk.parent / "7_0_log.out"
+    with pytest.raises(OSError, match="No space left") as full:
+        (small_disk / "history.jsonl").write_text("x" * 9000)
+    with pytest.raises(SystemExit), attempts.errors_of_rank(small_disk, attempt, 0):
+        raise full.value
+    log.write_text(f"{attempts.BEGINS} 7.0\nerror: [Errno 28] No space left on device: free some space\n")
+    with pytest.raises(OSError, match="No space left"):
+        attempts.fail(small_disk, attempt, log)
+    (small_disk / "filler").unlink()
+    (small_disk / "errors").mkdir(exist_ok=True)
+    (small_disk / "errors/7.0.0.json").touch()
+    assert not attempts.fail(small_disk, attempt, log)
+    (failure,) = record.failures(small_disk)
+    assert failure.is_user_error
+    assert "the disk is full" in failure.message
+    assert "free some space" in failure.message
+
+
+def test_a_line_behind_one_that_was_cut_short_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "system.jsonl"
+    for step in range(3):
+        history.append(file, {"step": step})
+    file.write_bytes(file.read_bytes()[:-4] + b"\xff")
+    history.append(file, {"step": 3})
+    history.append(file, {"step": 4})
+    assert [entry["step"] for entry in history.read(file)] == [0, 1, 3, 4]
+
+
+def test_who_may_read_a_run_is_up_to_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for mask, file_mode, folder_mode in ((0o077, 0o600, 0o700), (0o002, 0o664, 0o775)):
+        before = os.umask(mask)
+        try:
+            job = Job("local", "token", str(tmp_path / "jobs"), {}, 0.0, job_id="7")
+            record.write_job(tmp_path, job)
+            shutil.rmtree(paths.RUNS, ignore_errors=True)
+            copy = snapshot()
+        finally:
+            os.umask(before)
+        assert (tmp_path / "job.json").stat().st_mode & 0o777 == file_mode
+        assert copy.stat().st_mode & 0o777 == folder_mode
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error_and_a_failing_disk_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answering(number: int) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            if Path(f"/proc/self/fd/{descriptor}").is_dir():
+                raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", answering(errno.EINVAL))
+    with paths.written_atomically(tmp_path / "done") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "done").read_text() == "whole"
+    monkeypatch.setattr(os, "fsync", answering(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"), paths.written_atomically(tmp_path / "done"):
+        pass

@@ -6,6 +6,7 @@ those errors are ignored, and the earliest of the rest is the cause.
 The batch script of a job whose ranks failed runs this module: it records the failure, and whether to retry.
 """
 
+import errno
 import json
 import os
 import re
@@ -29,6 +30,8 @@ MAX_TRANSIENT = 10
 BACK_OFF_S = (60, 300, 900)
 """How long the attempt after such an error waits: the first, the second, the third and later."""
 LOG_LINES = 15
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NEEDS_SPACE = "free some space; `dvc repro` resumes from the last checkpoint"
 FOLDERS = "folders.json"
 BEGINS = "== attempt"
 """The batch script prints this and the attempt's name as its first line."""
@@ -105,7 +108,7 @@ def errors_of_rank(folder: Path, attempt: Attempt, rank: int) -> Iterator[None]:
         is_user_error = isinstance(error, UserError) or _is_full_disk(error)
         is_transient = isinstance(error, InfrastructureError)
         if _is_full_disk(error):
-            text += ": free some space; `dvc repro` resumes from the last checkpoint"
+            text += f": {NEEDS_SPACE}"
         follows = not is_user_error and isinstance(error, RuntimeError) and bool(_FOLLOWS.search(text))
         content = {
             "time": time.time(),
@@ -128,9 +131,7 @@ def errors_of_rank(folder: Path, attempt: Attempt, rank: int) -> Iterator[None]:
 
 
 def _is_full_disk(error: Exception) -> bool:
-    import errno
-
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def _first_error(folder: Path, attempt: Attempt, log_file: Path) -> _Cause | Non
         return _Cause(message, cause["node"], is_transient=cause.get("is_transient", False))
     reported = {str(error["rank"]) for error in found}
     own_part = _text(log_file).rpartition(f"{BEGINS} {attempt}\n")[2]
+    if any(os.strerror(number) in own_part for number in FULL):  # there was no room for the error either
+        return _Cause(f"the disk is full ({os.path.relpath(log_file)} says where): {NEEDS_SPACE}", is_user_error=True)
     for node_name, tasks, how in _SRUN.findall(own_part):
         if not set(tasks.split(",")) <= reported:
             message = f"rank {tasks} on {node_name} exited without reporting an error: {how}"
@@ -218,7 +221,13 @@ def main(jobs: Path) -> int:
     job = record.read_job(folder)
     if job is None or job.job_id != attempt.job:
         return 1
-    again = fail(folder, attempt, job.log)
+    try:
+        again = fail(folder, attempt, job.log)
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        print(f"failed: {error}: {NEEDS_SPACE}; not retrying")
+        return 1
     print(f"failed: {record.failures(folder)[-1].message}; {'retrying' if again else 'not retrying'}")
     if again:
         request_requeue(jobs, Next.of(folder))

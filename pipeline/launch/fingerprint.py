@@ -6,8 +6,8 @@ And the copy of the package that jobs run: editing the checkout or pulling chang
 import functools
 import hashlib
 import json
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,13 +143,13 @@ def snapshot() -> Path:
     if place.exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    making = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
+        making.mkdir()
         for file in files:
             target = making / file.relative_to(CODE_ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        making.chmod(0o755)
         making.rename(place)
     except OSError:
         if not place.exists():  # another process may have been faster

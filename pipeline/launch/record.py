@@ -90,8 +90,7 @@ def write_job(folder: Path, job: Job) -> Job:
     The link is made first: a launcher killed in between leaves a record without an id, which is filled in later.
     """
     if job.job_id is not None:
-        link = folder / f".log.{os.getpid()}"
-        link.unlink(missing_ok=True)
+        link = folder / f".log.{secrets.token_hex(4)}"
         link.symlink_to(os.path.relpath(job.log, folder.absolute()))
         link.replace(folder / "log.txt")
     with paths.written_atomically(folder / "job.json") as temporary:
@@ -183,8 +182,15 @@ def add_failure(folder: Path, failure: Failure) -> None:
 
 
 def errors(folder: Path, attempt: str) -> list[dict[str, Any]]:
-    """What the ranks of an attempt left in `errors/`, oldest first."""
-    entries = [_renamed(json.loads(file.read_text())) for file in folder.glob(f"errors/{attempt}.*.json")]
+    """What the ranks of an attempt left in `errors/`, oldest first; what cannot be read is left out."""
+    entries = []
+    for file in folder.glob(f"errors/{attempt}.*.json"):
+        try:
+            entry = _renamed(json.loads(file.read_text()))
+        except (OSError, ValueError):
+            continue
+        if "time" in entry:
+            entries.append(entry)
     return sorted(entries, key=lambda entry: entry["time"])
 
 

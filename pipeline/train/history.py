@@ -1,6 +1,7 @@
 """The record of a run as JSON lines: one per logging interval, appended by rank 0, truncated when a run resumes."""
 
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ VALIDATION_COLUMNS = ["step", "epoch", "top1", "top5", "val_loss"]
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one line, flushed, so that whoever watches the run sees it."""
-    with path.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+    """Add one line, flushed, so that whoever watches the run sees it; what a full disk cut short stays its own line."""
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            cut_short = stream.read(1) != b"\n"
+            stream.write(b"\n" * cut_short)
+        stream.write(json.dumps(record).encode() + b"\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -23,7 +28,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
