@@ -1,6 +1,7 @@
 """Cluster profiles: where a job runs, and how a global batch is spread over its ranks. Never a DVC dependency."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,16 @@ FOR_SLURM = (
     "partition", "account", "qos", "constraint", "memory_gb", "time_min", "signal_delay_s", "array_parallelism",
     "queue_ahead", "max_jobs", "container", "setup", "additional",
 )  # fmt: skip
+
+
+_SECRET_NAME = re.compile(r"token|passw|passphrase|secret|credential|(api|access|private|auth)_?key|jwt", re.I)
+_SECRET_VALUE = re.compile(r"://[^/@\s]+@")
+"""An address with a user or a password in it."""
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable is one that must not be written down."""
+    return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
 
 
 class Profile(Strict):
@@ -73,6 +84,11 @@ class Profile(Strict):
         elif self.signal_delay_s >= self.time_min * 60:
             raise ValueError(f"signal_delay_s ({self.signal_delay_s}) must be below time_min ({self.time_min} min)")
         return self
+
+    @property
+    def open_environment(self) -> dict[str, str]:
+        """`environment` without what looks like a secret: that reaches jobs through sbatch alone, and no file."""
+        return {name: value for name, value in self.environment.items() if not is_secret(name, value)}
 
     @property
     def gpus(self) -> int:

@@ -26,7 +26,7 @@ from pipeline.config import load_params
 from pipeline.errors import UserError
 from pipeline.launch import ahead, attempts, local, record, slurm_status, submission
 from pipeline.launch.attempts import Attempt, Next
-from pipeline.launch.fingerprint import snapshot
+from pipeline.launch.fingerprint import Work, snapshot
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import SCHEDULERS, scheduler_of
 from pipeline.launch.slurm_status import environment
@@ -494,6 +494,35 @@ def test_who_may_read_a_run_is_up_to_the_umask(tmp_path: Path, monkeypatch: pyte
             os.umask(before)
         assert (tmp_path / "job.json").stat().st_mode & 0o777 == file_mode
         assert copy.stat().st_mode & 0o777 == folder_mode
+
+
+def test_secrets_of_a_profile_reach_the_job_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against an sbatch that notes what it is given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    seen = tmp_path / "seen"
+    for name, text in (("sbatch", f"env > {seen}; echo Submitted batch job 12"), ("srun", "")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    secrets = {
+        "HF_TOKEN": "hf_123",
+        "MLFLOW_TRACKING_PASSWORD": "letmein",
+        "MLFLOW_TRACKING_URI": "https://me:opensesame@mlflow.example",
+        "AWS_SECRET_ACCESS_KEY": "wJalr",
+    }
+    profile = Profile(
+        kind="slurm", gpus_per_node=0, cpus_per_task=1, environment={"NCCL_DEBUG": "WARN", "TOKENIZER": "a"} | secrets
+    )
+    run = submission.Run.of(Work("train_something", "a", "pipeline.launch.check:report", {"nonce": "1"}))
+    submission.claim_folder(run)
+    submission.submit([run], profile)
+    variables = seen.read_text().splitlines()
+    assert {f"{name}={value}" for name, value in profile.environment.items()} <= set(variables)
+    written = [path.read_bytes() for path in paths.RUNS.rglob("*") if path.is_file()]
+    assert any(b"NCCL_DEBUG" in content for content in written)
+    for value in ("hf_123", "letmein", "opensesame", "wJalr"):
+        assert not any(value.encode() in content for content in written)
 
 
 def test_a_folder_that_cannot_be_synced_is_no_error_and_a_failing_disk_is_one(

@@ -211,7 +211,7 @@ def test_a_server_that_fails_costs_one_warning_and_one_short_wait(
 ) -> None:
     folder = run_folder(steps=50)
     good = os.environ["MLFLOW_TRACKING_URI"]
-    address = {"down": f"http://127.0.0.1:{free_port()}", "slow": silent_server, "wrong": wrong_server}
+    address = {"down": f"http://me:opensesame@127.0.0.1:{free_port()}", "slow": silent_server, "wrong": wrong_server}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address.get(kind, "nonsense://nowhere"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     server = Server()
@@ -224,6 +224,7 @@ def test_a_server_that_fails_costs_one_warning_and_one_short_wait(
         assert not mirror.update("RUNNING", in_a_hurry=True)
     assert time.monotonic() - began < 1, "a server that just failed is left alone"
     assert caplog.text.count("MLflow did not take it") == 1
+    assert "opensesame" not in caplog.text
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", good)
     finish(folder, top1=50.0)

@@ -230,7 +230,7 @@ def _before(jobs: Path, token: str, profile: Profile, code: Path) -> list[str]:
         f'[ -e "$jobs/${{id}}_submitted.pkl" ] || {{ cp "$jobs/{token}.pkl" "$jobs/.$id.pkl" && '
         'mv "$jobs/.$id.pkl" "$jobs/${id}_submitted.pkl"; }',
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
-        *[f"export {key}={shlex.quote(value)}" for key, value in profile.environment.items()],
+        *[f"export {key}={shlex.quote(value)}" for key, value in profile.open_environment.items()],
         *profile.setup,
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
     ]

@@ -257,7 +257,7 @@ def submit(runs: list[Run], profile: Profile) -> list[Job]:
     for index, run in enumerate(runs):
         after = _write_work(run, profile, code)
         place = index if len(runs) > 1 else None
-        intent = Job(profile.kind, token, str(jobs), profile.environment, time.time(), place, **record.this_host())
+        intent = Job(profile.kind, token, str(jobs), profile.open_environment, time.time(), place, **record.this_host())
         intents.append(record.write_job(run.folder, intent))
     name = f"{runs[0].work.stage}-{runs[0].work.name}" if len(runs) == 1 else runs[0].work.stage
     start = attempts.Next.of(runs[0].folder) if len(runs) == 1 else attempts.Next()
@@ -302,7 +302,7 @@ def _write_work(run: Run, profile: Profile, code: Path) -> str | None:
         "code": run.identity.code,
         "inputs": {str(Path(path).absolute()): digest for path, digest in run.identity.inputs.items()},
         "betons": sorted(str(Path(beton).absolute()) for beton in _betons(arguments)),
-        "profile": profile.model_dump(mode="json", exclude_unset=True),
+        "profile": profile.model_dump(mode="json", exclude_unset=True) | {"environment": profile.open_environment},
     }
     with paths.written_atomically(run.folder / "work.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2))

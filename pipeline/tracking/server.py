@@ -7,6 +7,7 @@ warning; what it missed is replayed from the files later.
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ for _key, _value in DEFAULTS.items():
     os.environ.setdefault(_key, _value)
 
 log = logging.getLogger(__name__)
+_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 class Server:
@@ -67,7 +69,7 @@ class Server:
             self.failed_at = time.monotonic()
             self.experiments.clear()
             if not self.warned:
-                reason = " ".join(str(error).split())[:200]
+                reason = _CREDENTIALS.sub("://", " ".join(str(error).split()))[:200]
                 log.warning(
                     "MLflow did not take it: %s. The files in runs/ have everything; `python -m pipeline sync` "
                     "and the next stage bring MLflow up to date.",
