@@ -53,6 +53,10 @@ class Profile(Strict):
         ge=0,
         description="validation passes during a classifier's training, spread evenly over the epochs; 0: none",
     )
+    local_copy: str | None = Field(
+        default=None,
+        description="folder on each node's own disk for a copy of the data, as $SLURM_TMPDIR; default: none",
+    )
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

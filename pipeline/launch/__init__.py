@@ -7,6 +7,7 @@ In the order in which a training passes through them:
     slurm_status             what squeue and sacct say about the jobs of a checkout
     worker                   runs in the job, once per rank: checks, rendezvous, the call, `done`
     agreement                what ranks check before that: their GPU, and that they compute alike
+    local_copy               the data on the node's own disk
     attempts                 why an attempt failed, and whether there is another
     jobs                     waits for the job and collects its outputs; the table of all jobs
     record                   the files of a run folder that these share

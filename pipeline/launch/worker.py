@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.launch import agreement, attempts, record
 from pipeline.launch.attempts import Attempt, InfrastructureError, node
 from pipeline.launch.fingerprint import code_of, content_digest
+from pipeline.launch.local_copy import LocalCopies
 from pipeline.launch.scheduler import scheduler_of
 from pipeline.launch.stall import ended_without_steps
 from pipeline.tasks.description import load
@@ -36,6 +37,8 @@ CLAIM_S = 20
 RENDEZVOUS_S = 600
 """How long the other ranks wait for the port of the first."""
 STORE_TIMEOUT = timedelta(minutes=10)
+COPY_TIMEOUT = timedelta(days=1)
+"""How long a rank waits for the local copies of the others; one that dies meanwhile ends the job."""
 
 
 class Worker:
@@ -139,20 +142,25 @@ class Worker:
             agreement.agree(store, rank, size, own, profile)
         if rank == 0:
             agreement.hold_to(folder, attempt, own)
-        with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
-            is_training = folder.parent.name in {task.training_stage for task in TASKS.values()}
-            limit_s = profile.stall_min * 60
-            stopping.asked_at = time.monotonic()
-            lively = ended_without_steps(lambda: stopping.asked_at, limit_s, folder, attempt, rank)
-            with lively if is_training else nullcontext():
-                finished = bool(call(world, folder, profile, **work["arguments"]))
-            if finished and rank == 0:
-                with paths.written_atomically(folder / "done") as temporary:
-                    temporary.write_text(str(record.fingerprint_of(folder)))
+        betons, limit_s = [Path(beton) for beton in work["betons"]], profile.stall_min * 60
+        with LocalCopies(betons, profile.local_copy, stopping) as copies:
             if store is not None:
-                import torch.distributed as dist
+                store.set(f"copies of {rank}", "made")
+                store.wait([f"copies of {other}" for other in range(size)], COPY_TIMEOUT)
+            with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
+                is_training = folder.parent.name in {task.training_stage for task in TASKS.values()}
+                stopping.asked_at = time.monotonic()
+                lively = ended_without_steps(lambda: stopping.asked_at, limit_s, folder, attempt, rank)
+                with lively if is_training else nullcontext():
+                    finished = bool(call(world, folder, profile, **copies.localised(work["arguments"])))
+                if finished and rank == 0:
+                    with paths.written_atomically(folder / "done") as temporary:
+                        temporary.write_text(str(record.fingerprint_of(folder)))
+                if store is not None:
+                    import torch.distributed as dist
 
-                dist.barrier()  # rank 0 has written everything: now all ranks may exit
+                    dist.barrier()  # rank 0 has written everything: now all ranks may exit
+            copies.finished = finished
         return finished
 
 
