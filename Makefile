@@ -76,4 +76,5 @@ $(STAMP): requirements.lock requirements-build.lock pyproject.toml $(wildcard pi
 	UV_COMPILE_BYTECODE_TIMEOUT=600 uv pip install --python $(VENV)/bin/python --no-build-isolation --compile-bytecode --require-hashes -r requirements.lock
 	echo "== this project"
 	uv pip install --quiet --python $(VENV)/bin/python --no-build-isolation --no-deps --reinstall -e .
+	./.ci/private-dvc-cache
 	touch $@

@@ -1,12 +1,15 @@
 """`python -m pipeline doctor`: what is there, what is missing, what to do."""
 
 import importlib
+import json
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -14,11 +17,13 @@ from pipeline import cluster, paths, plan
 from pipeline.catalogue import DATA_SETS, TASKS
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
+from pipeline.launch.ahead import RWLOCK
 from pipeline.launch.check import try_job
 from pipeline.launch.scheduler import Finding, scheduler_of
 from pipeline.tasks.classification.description import TEST_SETS, classes_of
 from pipeline.tasks.description import load
 
+DVC = Path(".dvc")
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
 TESTED_PYTHONS = ("3.11", "3.12", "3.13")
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "dvc", "mlflow", "submitit")
@@ -30,7 +35,15 @@ def examine(*, verify: bool = False, test_job: bool = False) -> int:
     `verify` reads every sample of every .beton; `test_job` runs a small job where trainings run.
     """
     findings: list[Finding] = []
-    checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _decoder, _processor, _cluster, _parameters]
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _python,
+        _packages,
+        _dvc,
+        _decoder,
+        _processor,
+        _cluster,
+        _parameters,
+    ]
     checks += [_betons] * verify + [_test_job] * test_job
     for examination in checks:
         try:
@@ -57,6 +70,52 @@ def _packages() -> Iterator[Finding]:
             yield Finding("ok", name, version(name))
         except PackageNotFoundError:
             yield Finding("fault", name, "not installed: run `make setup`")
+
+
+def _dvc() -> Iterator[Finding]:
+    """Locks that a killed `dvc` has left, and who else can write to its state."""
+    for lock in (DVC / "tmp/lock", DVC / "tmp/rwlock.lock"):
+        # A file, not a lock of the kernel: it outlives its process, and is valid for a year.
+        if lock.exists() and not _dvc_runs_here():
+            since = time.strftime("%Y-%m-%d %H:%M", time.localtime(lock.lstat().st_ctime))
+            text = f"{lock} is held since {since}, and no dvc runs here: if none runs on another machine, delete it"
+            yield Finding("fault", "DVC", text)
+    for pid in sorted(_dvc_commands()):
+        if psutil.pid_exists(pid) and "dvc" not in " ".join(psutil.Process(pid).cmdline()):
+            text = f"{RWLOCK} names process {pid}, which is no dvc: delete it while no `dvc repro` runs, on any machine"
+            yield Finding("fault", "DVC", text)
+    place = _site_cache()
+    if place.exists() and place.stat().st_mode & 0o022:
+        text = f"others can write to {place}, from which DVC unpickles its state: type ./.ci/private-dvc-cache"
+        yield Finding("fault", "DVC", text)
+
+
+def _dvc_runs_here() -> bool:
+    """Whether a `dvc` of this user works in this checkout, on this machine."""
+    found = psutil.process_iter(["cmdline", "cwd"])
+    return any(
+        process.info["cwd"] == str(Path.cwd())
+        and any(Path(word).name == "dvc" for word in (process.info["cmdline"] or [])[:3])
+        for process in found
+    )
+
+
+def _dvc_commands() -> set[int]:
+    """Processes that hold outputs or dependencies of stages, by DVC; it does not say on which machine."""
+    try:
+        held = json.loads(RWLOCK.read_text())
+        return {entry["pid"] for entry in held["write"].values()} | {
+            entry["pid"] for entries in held["read"].values() for entry in entries
+        }
+    except (FileNotFoundError, ValueError, KeyError):
+        return set()
+
+
+def _site_cache() -> Path:
+    from dvc.config import Config
+    from dvc.dirs import site_cache_dir
+
+    return Path(site_cache_dir(Config(str(DVC.absolute()))["core"].get("site_cache_dir")))
 
 
 def _decoder() -> Iterator[Finding]:

@@ -83,6 +83,7 @@ class Checkout:
         for name in ("dvc.yaml", "params.yaml", ".dvcignore", "pyproject.toml"):
             shutil.copy(ROOT / name, folder / name)
         (folder / ".dvc").mkdir()
+        (folder / ".dvc/site").mkdir(mode=0o700)
         config = (ROOT / ".dvc/config").read_text()
         (folder / ".dvc/config").write_text(config.replace("[core]", "[core]\n    no_scm = True"))
         (folder / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
@@ -103,6 +104,7 @@ class Checkout:
             if not key.startswith(("SLURM_", "PIPELINE_", "MLFLOW_TRACKING", "PYTHONDONTWRITEBYTECODE"))
         }
         self.environment |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "250"}  # tables that do not wrap
+        self.environment["DVC_SITE_CACHE_DIR"] = str(folder / ".dvc/site")
         self.environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
 
     def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:

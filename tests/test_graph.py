@@ -344,6 +344,53 @@ def test_doctor_finds_what_is_missing(checkout: Checkout) -> None:
     assert "poolformer_m48.pth.tar" in done.stdout
 
 
+def test_doctor_finds_what_a_killed_dvc_left_and_who_can_write_to_its_state(checkout: Checkout) -> None:
+    """`dvc` is killed while it holds its lock; its state is where it is by default, and then where set-up puts it."""
+
+    def complaints() -> str:
+        return " ".join(checkout.pipeline("doctor", check=False).stdout.split())
+
+    assert "DVC" not in complaints()
+    (checkout.folder / "dvc").write_text(
+        "import os, signal, time\n"
+        "from dvc.repo import Repo\n"
+        "with Repo() as repo, repo.lock:\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    holding = subprocess.Popen(
+        [sys.executable, "dvc"], cwd=checkout.folder, env=checkout.environment, stdout=subprocess.PIPE, text=True
+    )
+    assert holding.stdout is not None
+    assert holding.stdout.readline() == "locked\n"
+    assert "is held since" not in complaints()
+    holding.kill()
+    holding.wait()
+    assert ".dvc/tmp/lock is held since" in complaints()
+    assert checkout.run("dvc", "status", check=False).returncode != 0
+    (checkout.folder / ".dvc/tmp/lock").unlink()
+    assert "is held since" not in complaints()
+    (checkout.folder / ".dvc/tmp/rwlock").write_text(
+        json.dumps({"write": {"models": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}})
+    )
+    assert f"names process {os.getpid()}, which is no dvc" in complaints()
+    (checkout.folder / ".dvc/tmp/rwlock").unlink()
+
+    del checkout.environment["DVC_SITE_CACHE_DIR"]
+    home = checkout.folder / "home"
+    home.mkdir()
+    checkout.environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    (checkout.folder / "open").mkdir(mode=0o700)
+    (checkout.folder / "open").chmod(0o777)
+    checkout.run("dvc", "config", "core.site_cache_dir", str(checkout.folder / "open"))
+    assert "others can write to" in complaints()
+    checkout.run(str(ROOT / ".ci/private-dvc-cache"))
+    assert "others can write to" not in complaints()
+    checkout.run("dvc", "status", check=False)
+    assert (home / "cache/dvc-site/repo").exists()
+    assert (home / "cache/dvc-site").stat().st_mode & 0o777 == 0o700
+
+
 def test_apt_line_is_printed_when_not_root() -> None:
     script = (ROOT / ".ci/apt-install").read_text().replace('"$(id -u)"', "1000")
     done = subprocess.run(
