@@ -15,10 +15,26 @@ from pipeline.errors import UserError
 
 FOR_SLURM = (
     "partition", "account", "qos", "constraint", "memory_gb", "time_min", "signal_delay_s", "array_parallelism",
-    "queue_ahead", "max_jobs", "container", "setup", "additional",
+    "queue_ahead", "max_jobs", "gpu_type", "srun_args", "container", "setup", "additional",
 )  # fmt: skip
 
 
+INSTEAD = {
+    **{name: name for name in ("partition", "account", "qos", "constraint", "nodes", "gpus_per_node", "cpus_per_task")},
+    "mem": "memory_gb",
+    "time": "time_min",
+    "ntasks_per_node": "ranks_per_node",
+    "signal": "signal_delay_s",
+    "array": "array_parallelism",
+    "clusters": "SLURM_CONF in environment (jobs are followed on one cluster)",
+    "requeue": "nothing (jobs requeue themselves)",
+    "no_requeue": "nothing (jobs requeue themselves)",
+    "comment": "nothing (jobs are found by theirs)",
+    "dependency": "nothing (jobs have their own)",
+    "output": "nothing (logs lie in the run folder)",
+    "error": "nothing (logs lie in the run folder)",
+}
+"""Options of sbatch that `additional` must not have, and the field that has their place."""
 _SECRET_NAME = re.compile(r"token|passw|passphrase|secret|credential|(api|access|private|auth)_?key|jwt", re.I)
 _SECRET_VALUE = re.compile(r"://[^/@\s]+@")
 """An address with a user or a password in it."""
@@ -68,6 +84,8 @@ class Profile(Strict):
     queue_ahead: int | None = Field(
         default=None, ge=0, description="trainings queued beyond the one that dvc repro waits for; default: all"
     )
+    gpu_type: str | None = Field(default=None, description="as in --gpus-per-node=TYPE:NUMBER")
+    srun_args: tuple[str, ...] = Field(default=(), description="further options of srun, as --mpi=none")
     max_jobs: int | None = Field(
         default=None, ge=1, description="most pending and running jobs of all stages; queueing ahead stops there"
     )
@@ -83,11 +101,23 @@ class Profile(Strict):
                 raise ValueError("kind local has one node; use kind slurm for more")
             if only := [name for name in FOR_SLURM if name in self.model_fields_set]:
                 raise ValueError(f"{', '.join(only)} means nothing for kind local: remove it")
+        elif wrong := self._wrong_additional():
+            raise ValueError(wrong)
         elif self.gpus_per_node == "auto" or self.cpus_per_task == "auto":
             raise ValueError("'auto' is for kind local: give gpus_per_node and cpus_per_task as numbers")
         elif self.signal_delay_s >= self.time_min * 60:
             raise ValueError(f"signal_delay_s ({self.signal_delay_s}) must be below time_min ({self.time_min} min)")
         return self
+
+    def _wrong_additional(self) -> str | None:
+        """What is wrong with `additional`."""
+        for given, value in self.additional.items():
+            name = given.replace("-", "_")
+            if name in INSTEAD:
+                return f"additional {given}: set {INSTEAD[name]} instead"
+            if value is False:
+                return f"additional {given}: false is no option of sbatch; leave it out, or name its opposite"
+        return None
 
     @property
     def open_environment(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,11 @@ from pipeline import paths
 from pipeline.cluster import Profile, load_profile
 from pipeline.config import load_params
 from pipeline.errors import UserError
-from pipeline.launch import ahead, attempts, local, record, slurm_status, submission
+from pipeline.launch import ahead, attempts, local, record, slurm, slurm_status, submission
 from pipeline.launch.attempts import Attempt, Next
 from pipeline.launch.fingerprint import Work, snapshot
 from pipeline.launch.record import Job
-from pipeline.launch.scheduler import SCHEDULERS, scheduler_of
+from pipeline.launch.scheduler import SCHEDULERS, Status, scheduler_of
 from pipeline.launch.slurm_status import environment
 from pipeline.launch.worker import rendezvous
 from pipeline.tracking.run_files import RunFiles
@@ -298,6 +299,9 @@ def test_a_surrounding_jobs_variables_are_hidden(monkeypatch: pytest.MonkeyPatch
     assert os.environ["SLURM_JOB_ID"] == "outer"
 
 
+ADDITIONAL = "kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\nadditional: {{{}}}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -306,6 +310,10 @@ def test_a_surrounding_jobs_variables_are_hidden(monkeypatch: pytest.MonkeyPatch
         ("kind: slurm\n", "'auto' is for kind local"),
         ("kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\nparition: gpu\n", "partition"),
         ("kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\ntime_min: 0\n", "time_min"),
+        (ADDITIONAL.format("gpus-per-node: a100:4"), "additional gpus-per-node: set gpus_per_node instead"),
+        (ADDITIONAL.format("requeue: false"), "additional requeue: set nothing"),
+        (ADDITIONAL.format("exclusive: false"), "exclusive: false is no option of sbatch"),
+        (ADDITIONAL.format("clusters: other"), "followed on one cluster"),
         ("kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\ntime_min: 1\nsignal_delay_s: 60\n", "signal_delay_s"),
     ],
 )
@@ -315,6 +323,44 @@ def test_a_faulty_profile_is_one_line_that_names_it(tmp_path: Path, text: str, c
     with pytest.raises(UserError, match=complaint) as caught:
         load_profile(path)
     assert str(path) in str(caught.value)
+
+
+def test_the_batch_script_has_what_a_site_may_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    profile = Profile(
+        kind="slurm",
+        gpus_per_node=8,
+        gpu_type="a100",
+        cpus_per_task=12,
+        srun_args=("--container-image=/shared/my image.sqsh", "--mpi=none"),
+        additional={"reservation": "mine", "mail_type": "END"},
+    )
+    text = slurm.script(profile, tmp_path).read_text()
+    asked = set(re.findall(r"^#SBATCH --(.*)$", text, re.M))
+    assert {"gpus-per-node=a100:8", "reservation=mine", "mail-type=END", "propagate=NONE", "requeue"} <= asked
+    assert not [option for option in asked if option.startswith("wckey")]
+    (command,) = re.findall(r"^srun .*", text, re.M)
+    assert "--container-image=/shared/my image.sqsh" in shlex.split(command)
+    assert "--mpi=none" in shlex.split(command)
+    own = slurm.script(profile.model_copy(update={"additional": {"propagate": "NOFILE"}}), tmp_path).read_text()
+    assert re.findall(r"^#SBATCH --propagate=.*", own, re.M) == ["#SBATCH --propagate=NOFILE"]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "said"),
+    [
+        ("PENDING", "JobHeldUser", "scontrol release 7"),
+        ("PENDING", "JobHoldMaxRequeue", "scontrol release 7"),
+        ("REQUEUE_HOLD", "None", "scontrol release 7"),
+        ("SPECIAL_EXIT", "None", "scontrol release 7"),
+        ("SUSPENDED", "None", "scontrol resume 7"),
+        ("PENDING", "Priority", "is pending (Priority)"),
+    ],
+)
+def test_a_job_that_does_not_go_on_by_itself_is_said_to(state: str, reason: str, said: str) -> None:
+    assert said in Status(state, False, reason).describe("7")
 
 
 def test_submit_needs_a_queue(in_checkout: Path) -> None:

@@ -39,7 +39,8 @@ for index in range(size):
     jobs[f"{{base}}_{{index}}" if array else str(base)] = {{
         "state": "PENDING", "reason": "Priority", "comment": comment, "after": after[1] if after else None
     }}
-(fake / "jobs.json").write_text(json.dumps(jobs))
+(fake / "new.json").write_text(json.dumps(jobs))
+(fake / "new.json").replace(fake / "jobs.json")
 print(f"Submitted batch job {{base}}")
 """
 SQUEUE = """#!{python}
@@ -77,7 +78,8 @@ class FakeSlurm:
     def set(self, job: str, **values: str) -> None:
         jobs = self.jobs
         jobs[job] |= values
-        (self.folder / "jobs.json").write_text(json.dumps(jobs))
+        (self.folder / "set.json").write_text(json.dumps(jobs))
+        (self.folder / "set.json").replace(self.folder / "jobs.json")
 
 
 @pytest.fixture

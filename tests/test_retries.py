@@ -69,7 +69,12 @@ def parameters(start: Next, profile: Profile) -> dict[str, Any]:
 def test_a_resubmission_waits_and_excludes_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "ask", lambda command, extra: "n1\nn2\n")
     start = Next(300, ("n1",))
-    assert parameters(start, SLURM_PROFILE) == {"requeue": True, "begin": "now+300", "exclude": "n1"}
+    assert parameters(start, SLURM_PROFILE) == {
+        "requeue": True,
+        "propagate": "NONE",
+        "begin": "now+300",
+        "exclude": "n1",
+    }
     with_own = SLURM_PROFILE.model_copy(update={"additional": {"exclude": "n[7-9]"}})
     assert parameters(start, with_own)["exclude"] == "n[7-9],n1"
     both = SLURM_PROFILE.model_copy(update={"nodes": 2})

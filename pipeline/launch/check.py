@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
 from pipeline.launch.scheduler import Finding
-from pipeline.launch.slurm import resources
+from pipeline.launch.slurm import script
 from pipeline.launch.slurm_status import UnreachableError, ask
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "panfs", "cifs", "fuse.glusterfs", "wekafs", "orangefs"}
 TEST_JOB_MIN = 5
+IGNORED = ("SBATCH_", "SLURM_CLUSTERS", "SLURM_ACCOUNT")
+"""Variables that sbatch would take for options; jobs are the profile's alone."""
 
 
 def check(profile: Profile, path: Path) -> Iterator[Finding]:
@@ -43,6 +46,8 @@ def check(profile: Profile, path: Path) -> Iterator[Finding]:
         yield Finding("fault", "partition", f"{profile.partition} is not one of {partitions}: correct {path}")
         return
     yield Finding("ok", "Slurm", f"answers; partitions {partitions}")
+    if ignored := sorted(name for name in os.environ if name.startswith(IGNORED)):
+        yield Finding("note", "shell", f"{', '.join(ignored)} of the shell mean nothing here: say it in {path}")
     yield from _sizes(profile, path)
     yield _acceptance(profile, path)
     yield _accounting(profile)
@@ -93,10 +98,9 @@ def _minutes(limit: str) -> float:
 
 def _acceptance(profile: Profile, path: Path) -> Finding:
     """Whether sbatch accepts the profile: accounts, limits and everything else that the site decides."""
-    asked = {**resources(profile), **profile.additional}
-    flags = [f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}") for key, value in asked.items()]
     try:
-        ask(["sbatch", "--test-only", *flags, "--wrap=true"], profile.environment)
+        with tempfile.TemporaryDirectory() as folder:
+            ask(["sbatch", "--test-only", str(script(profile, Path(folder)))], profile.environment)
     except UnreachableError as error:
         return Finding("fault", "sbatch", f"would refuse a job of this profile: {error}: correct {path}")
     return Finding("ok", "sbatch", "would accept a job of this profile")

@@ -1,5 +1,6 @@
 """Where jobs run: one interface, and the implementation for each `kind` of a cluster profile."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +48,16 @@ class Status:
         """One line for the user who waits for the job."""
         if self.doubt is not None:
             return f"{self.doubt}; job {job_id} was last seen {self.state}; assuming that it still is"
-        if self.state == "PENDING" and "held" in self.reason.lower():
+        is_held = self.state == "PENDING" and re.search("held|hold", self.reason, re.I)
+        if is_held or self.state in ("REQUEUE_HOLD", "SPECIAL_EXIT"):
             return f"job {job_id} is held ({self.reason}): `scontrol release {job_id}` releases it"
         if self.state == "PENDING":
             expected = f", expected to start {self.start.replace('T', ' ')}" if self.start not in ("", "N/A") else ""
             return f"job {job_id} is pending" + (f" ({self.reason}{expected})" if self.reason != "None" else "")
         if self.state == "RUNNING":
             return f"job {job_id} is running" + (f" on {self.nodes}" if self.nodes else "")
+        if self.state in ("SUSPENDED", "STOPPED"):
+            return f"job {job_id} is {self.state}: it goes on when Slurm, or `scontrol resume {job_id}`, resumes it"
         return f"job {job_id} is {self.state}"
 
 

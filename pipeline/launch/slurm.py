@@ -120,6 +120,18 @@ def _is_submit_limit(text: str) -> bool:
     return any(words in text for words in TEMPORARY)
 
 
+def script(profile: Profile, scratch: Path) -> Path:
+    """The batch script of a job of this profile, written to `scratch`, for `sbatch --test-only`."""
+    import submitit
+
+    with environment(profile.environment):
+        executor = submitit.SlurmExecutor(scratch, python=_python(profile))
+        executor.update_parameters(**_parameters(scratch, "token", profile, scratch, "test", None, Next()))
+        place = scratch / "script.sh"
+        place.write_text(executor._make_submission_file_text(executor._submitit_command_str, "test"))
+    return place
+
+
 def _find(intent: Job) -> str | None:
     """The id of the job or array that was submitted under the intent's token.
 
@@ -170,7 +182,7 @@ def resources(profile: Profile) -> dict[str, Any]:
         "nodes": profile.nodes,
         "ntasks_per_node": profile.ranks_here,
         "cpus_per_task": profile.cpus,
-        "gpus_per_node": profile.gpus or None,
+        "gpus_per_node": ":".join(filter(None, [profile.gpu_type, str(profile.gpus)])) if profile.gpus else None,
         "mem": f"{round(profile.memory_gb * 1024)}M" if profile.memory_gb else None,
         "time": profile.time_min,
     }
@@ -182,7 +194,9 @@ def _parameters(
 ) -> dict[str, Any]:
     """submitit's parameters for a job whose ranks run the package in `code`."""
     asked = resources(profile)
-    additional = {"requeue": True, **profile.additional}
+    # NONE: a limit of the login node's shell, on memory or processor time, is none of the job's.
+    given = {key.replace("_", "-"): value for key, value in profile.additional.items()}
+    additional: dict[str, Any] = {"requeue": True, "propagate": "NONE", **given}
     if "mem" in asked:
         additional["mem"] = asked.pop("mem")  # submitit takes whole GB only
     if after is not None:
@@ -198,7 +212,8 @@ def _parameters(
         "signal_delay_s": profile.signal_delay_s,
         "array_parallelism": profile.array_parallelism,
         "stderr_to_stdout": True,
-        "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append"],
+        "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *profile.srun_args],
+        "wckey": None,  # submitit's own default is refused where keys are enforced
         "setup": _before(jobs, token, profile, code),
         "teardown": _afterwards(jobs, profile),
         "additional_parameters": additional,
