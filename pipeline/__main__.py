@@ -20,6 +20,8 @@ from pipeline.errors import UserError
 Options = argparse.Namespace
 RUN_STAGES = [stage for task in TASKS.values() for stage in (task.training_stage, task.evaluation_stage)]
 """Those with a run folder for each variant and seed."""
+OTHER_RUNS = ("evaluate_released", "evaluate_test_set", "evaluate_released_test_set", "doctor")
+"""Others that run jobs."""
 
 
 def _code(_: Options) -> int:
@@ -252,9 +254,10 @@ def _parser() -> argparse.ArgumentParser:
     cancel = add("cancel", _cancel, "end the jobs of one or more runs; their checkpoints stay")
     why = add("why", _why, "what differs between a run and the one that would be made now")
     adopt = add("adopt", _adopt, "state that a run is the result of what is here now, too")
-    for command in (cancel, why, adopt):
+    cancel.add_argument("stage", choices=[*RUN_STAGES, *OTHER_RUNS])
+    cancel.add_argument("name", nargs="+", help="as poolformer_s12-0; the folder's in runs/")
+    for command in (why, adopt):
         command.add_argument("stage", choices=RUN_STAGES)
-    cancel.add_argument("name", nargs="+", help="as poolformer_s12-0")
     for command in (why, adopt):
         command.add_argument("name", nargs="+", metavar="variant seed", help="as poolformer_s12 0, or poolformer_s12-0")
     adopt.add_argument("--because", required=True, help="why the result is the same; the report says so")

@@ -114,6 +114,26 @@ def test_the_batch_script_requeues_elsewhere_and_later(run_folder: Path, asked: 
     assert not (run_folder / "jobs/7.again").exists()
 
 
+@pytest.mark.parametrize(("line", "goes_on"), [("false", False), ("[ a = b ] && export X=1", True), ("true", True)])
+def test_a_set_up_line_that_fails_ends_the_attempt_and_names_the_node(
+    run_folder: Path, line: str, goes_on: bool
+) -> None:
+    """The batch script's lines before srun."""
+    profile = SLURM_PROFILE.model_copy(update={"setup": (line, "echo later")})
+    (run_folder / "t.pkl").touch()
+    lines = [*slurm._before(run_folder, "t", profile, run_folder), "false", "echo srun comes here"]
+    variables = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_CPUS_PER_TASK": "1"}
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, capture_output=True, text=True)
+    assert ("srun comes here" in done.stdout) is goes_on, done.stderr
+    assert ("later" in done.stdout) is goes_on
+    log = run_folder / "jobs/7_0_log.out"
+    log.write_text(done.stdout)
+    attempts.fail(run_folder, Attempt("7", 0), log, "it ended as FAILED")
+    (failure,) = record.failures(run_folder)
+    assert failure.message.startswith("it ended as FAILED" if goes_on else "set-up failed on n1: a line of")
+    assert failure.node == ("" if goes_on else "n1")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_job_that_asked_for_gpus_does_not_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,11 @@
 """What a stage outlasts while it waits for its job, and how a job that stands still is ended."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 from conftest import ROOT
 
 from pipeline import paths
+from pipeline.__main__ import STAGES, main
 from pipeline.errors import UserError
-from pipeline.launch import jobs, record, slurm_status, stall
+from pipeline.launch import jobs, record, slurm_status, stall, submission
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import Status
 from pipeline.launch.slurm_status import UnreachableError, ask, squeue
@@ -123,6 +126,50 @@ class _Frozen(dict[str, str]):
         raise AssertionError(key)
 
     __delitem__ = clear = __setitem__  # type: ignore[assignment]
+
+
+def test_the_table_has_no_row_for_what_was_put_aside(
+    programs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And asks nothing about it; a folder without a fingerprint is no error."""
+    put(programs, "squeue", "exit 1")
+    for name in ("poolformer_s12-0.0123456789ab", "poolformer_s24-0"):
+        folder = paths.run("train_classifier", name)
+        folder.mkdir(parents=True)
+        record.write_job(folder, A_JOB)
+    jobs.show_jobs()
+    said = capsys.readouterr().out
+    assert "poolformer_s24-0" in said
+    assert "poolformer_s12-0" not in said
+
+
+def test_every_stage_that_runs_jobs_has_jobs_that_can_be_cancelled(programs: Path) -> None:
+    stages = [stage for stage in STAGES if stage.startswith(("train", "evaluate"))]
+    for stage in [*stages, "doctor"]:
+        assert main(["cancel", stage, "test-job"]) == 1, "no such job, and no wrong word"
+
+
+def test_who_waits_for_a_launcher_says_so_and_a_cancel_waits_too(
+    programs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Between the intent and sbatch's answer there is no job yet, but there will be."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(record, "WAIT_SILENTLY_S", 0.1)
+    put(programs, "squeue", "echo '7|RUNNING|None|N/A|n1|metaformer-this'")
+    put(programs, "scancel", f"echo $* > {programs}/cancelled")
+    folder = paths.run("train_classifier", "poolformer_s12-0")
+    folder.mkdir(parents=True)
+    record.write_job(folder, dataclasses.replace(A_JOB, job_id=None))
+    ended: list[str] = []
+    cancelling = threading.Thread(target=lambda: ended.append(submission.cancel("train_classifier", folder.name)))
+    with record.launching():
+        cancelling.start()
+        time.sleep(0.5)
+        record.write_job(folder, A_JOB)
+    cancelling.join(timeout=30)
+    assert ended == ["7"]
+    assert (programs / "cancelled").read_text() == "7\n"
+    assert "waiting for another process that is submitting" in caplog.text
 
 
 STANDING_STILL = """

@@ -33,6 +33,8 @@ LOG_LINES = 15
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NEEDS_SPACE = "free some space; `dvc repro` resumes from the last checkpoint"
 FOLDERS = "folders.json"
+SETUP = "set-up failed on"
+"""The batch script prints this and the node's name when a line of the profile's `setup` fails."""
 BEGINS = "== attempt"
 """The batch script prints this and the attempt's name as its first line."""
 _FOLLOWS = re.compile(
@@ -156,6 +158,8 @@ def _first_error(folder: Path, attempt: Attempt, log_file: Path) -> _Cause | Non
     own_part = _text(log_file).rpartition(f"{BEGINS} {attempt}\n")[2]
     if any(os.strerror(number) in own_part for number in FULL):  # there was no room for the error either
         return _Cause(f"the disk is full ({os.path.relpath(log_file)} says where): {NEEDS_SPACE}", is_user_error=True)
+    if failed := re.search(rf"^{SETUP} (\S+)$", own_part, re.M):
+        return _Cause(f"{failed[0]}: a line of the cluster profile's `setup` ended with an error", failed[1])
     for node_name, tasks, how in _SRUN.findall(own_part):
         if not set(tasks.split(",")) <= reported:
             message = f"rank {tasks} on {node_name} exited without reporting an error: {how}"

@@ -1,5 +1,6 @@
 """What `python -m pipeline doctor` checks of a Slurm profile, without a job and with one."""
 
+import fcntl
 import json
 import os
 import re
@@ -148,9 +149,31 @@ def try_job(profile: Profile) -> Iterator[Finding]:
             faults.append(f"does not see {Path.cwd()}")
         if entry["sum"] != len(ranks) * (len(ranks) + 1) / 2:
             faults.append(f"all_reduce gave {entry['sum']}")
+        if not entry["locks"]:
+            faults.append("got a lock that rank 0 holds: launch from one machine only (flock)")
         yield Finding("fault" if faults else "ok", f"rank {rank}", "; ".join([text, *faults]))
     if len(ranks) != profile.world_size:
         yield Finding("fault", "ranks", f"{len(ranks)} instead of {profile.world_size}")
+
+
+def _locks_hold(world: "World", file: Path) -> bool:
+    """Whether a lock of rank 0 keeps this rank out, as it must between nodes; True for rank 0."""
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return True
+    with file.open("a") as stream:
+        if world.is_first:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        dist.barrier()
+        holds = world.is_first
+        if not world.is_first:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holds = True
+        dist.barrier()
+    return holds
 
 
 def report(world: "World", run_folder: Path, profile: Profile, *, nonce: str) -> bool:
@@ -171,6 +194,7 @@ def report(world: "World", run_folder: Path, profile: Profile, *, nonce: str) ->
         "cores": len(os.sched_getaffinity(0)),
         "sees_checkout": Path("params.yaml").exists(),
         "sum": total.item(),
+        "locks": _locks_hold(world, run_folder / "flock"),
     }
     entries: list[Any] = [own] * world.size
     if world.size > 1:

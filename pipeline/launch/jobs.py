@@ -124,7 +124,9 @@ def show_jobs() -> None:
     for column in ("job", "run", "state", "node", "epoch", "images/s", "time left", "why"):
         is_number = column in ("epoch", "images/s", "time left")
         table.add_column(column, justify="right" if is_number else "left", no_wrap=column != "why")
-    rows = [row for path in sorted(paths.RUNS.glob("*/*/job.json")) if (row := _row(path.parent)) is not None]
+    folders = [path.parent for path in sorted(paths.RUNS.glob("*/*/job.json"))]
+    # What was put aside has no job that waits or runs.
+    rows = [row for folder in folders if not paths.is_put_aside(folder) and (row := _row(folder)) is not None]
     for row in rows:
         table.add_row(*row)
     Console(width=max(120, shutil.get_terminal_size((250, 0)).columns)).print(

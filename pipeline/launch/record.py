@@ -4,6 +4,7 @@ docs/runs.md lists every file of a run folder.
 """
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -13,13 +14,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pipeline import paths
 from pipeline.launch.fingerprint import Identity
 from pipeline.train import history
 
 TOKEN_PREFIX = "metaformer-"
+WAIT_SILENTLY_S = 5
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,16 @@ def new_token() -> str:
 def launching() -> Iterator[None]:
     """Hold the lock for attaching and submitting: of two simultaneous `dvc repro` only one submits."""
     paths.RUNS.mkdir(exist_ok=True)
-    with FileLock(paths.RUNS / "launch.lock"):
+    lock = FileLock(paths.RUNS / "launch.lock")
+    try:
+        lock.acquire(timeout=WAIT_SILENTLY_S)
+    except Timeout:
+        log.info("waiting for another process that is submitting (%s)", lock.lock_file)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def read_job(folder: Path) -> Job | None:

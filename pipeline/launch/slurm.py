@@ -246,7 +246,9 @@ def _before(jobs: Path, token: str, profile: Profile, code: Path) -> list[str]:
         'mv "$jobs/.$id.pkl" "$jobs/${id}_submitted.pkl"; }',
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         *[f"export {key}={shlex.quote(value)}" for key, value in profile.open_environment.items()],
+        f"trap 'echo \"{attempts.SETUP} $SLURMD_NODENAME\"' ERR; set -e",
         *profile.setup,
+        "set +e; trap - ERR",
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
     ]
 

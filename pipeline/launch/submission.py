@@ -167,7 +167,8 @@ def cancel(stage: str, name: str) -> str:
         UserError: the folder has no job that is pending or running, or the scheduler does not answer.
     """
     folder = paths.run(stage, name)
-    job = attach(folder)
+    with record.launching():  # a launcher may be waiting for sbatch's answer
+        job = attach(folder)
     if job is None:
         raise UserError(f"{folder} has no job that is pending or running")
     scheduler_of(job.kind).cancel(job)
