@@ -1,5 +1,6 @@
 """What is queued ahead, against programs in place of Slurm's: limits, jobs that die, and who looks after them."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -236,6 +237,21 @@ def test_nothing_waits_in_slurm_for_a_job_on_this_machine(slurm: FakeSlurm) -> N
         with pytest.raises(UserError, match=r"local job \d+ has not ended"):
             attach_or_submit(Run.of(behind), profile(), is_retry=False)
     assert slurm.jobs == {}
+
+
+def test_another_training_whose_data_is_gone_keeps_nothing_from_being_queued(
+    slurm: FakeSlurm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = tmp_path / "manifest.csv"
+    without = dataclasses.replace(FOUR[1], inputs=(manifest,))
+    ahead = ahead_of([FOUR[0], without, FOUR[2]])
+    ahead.queue()
+    ahead.tend()
+    assert queued(FOUR) == ["a", "c"]
+    assert "manifest.csv, which is missing" in caplog.text
+    manifest.touch()
+    ahead.tend()
+    assert queued(FOUR) == ["a", "b", "c"]
 
 
 def test_a_requeue_that_did_not_come_off_is_one_failure(slurm: FakeSlurm) -> None:

@@ -61,25 +61,23 @@ class Ahead:
         """`more`: how many may be queued beyond the profile's `queue_ahead`."""
         most = None if self.profile.queue_ahead is None else self.profile.queue_ahead + more
         reasons = queue(works, self.profile, self.since, most)
-        reasons.pop(Run.of(self.work).label, None)  # its own stage waits, or fails
+        reasons.pop(_label(self.work), None)  # its own stage waits, or fails
         for label, reason in reasons.items():
             self._say(label, f"not queued ahead: {reason}")
         self.left = set(reasons)
 
     def tend(self) -> None:
         """Look after the others while the training runs: resubmit what ended without a result, queue what was not."""
-        if not self.others:
-            return
-        for run in map(Run.of, self.others):
+        alive = 0
+        for other in self.others:
             try:
                 with record.launching():
-                    self._resubmit(run)
+                    self._resubmit(Run.of(other))
+                alive += attach(paths.run(other.stage, other.name)) is not None
             except UserError as error:
-                self._say(run.label, str(error))
+                self._say(_label(other), str(error))
         if self.left:
-            runs = [Run.of(other) for other in self.others]
-            alive = sum(run.label not in self.left and attach(run.folder) is not None for run in runs)
-            self._queue([run.work for run in runs if run.label in self.left], -alive)
+            self._queue([other for other in self.others if _label(other) in self.left], -alive)
 
     def _resubmit(self, run: Run) -> None:
         job = record.read_job(run.folder)
@@ -99,6 +97,10 @@ class Ahead:
         if self.said.get(label) != text:
             log.warning("%s: %s", label, text)
         self.said[label] = text
+
+
+def _label(work: Work) -> str:
+    return f"{work.stage}/{work.name}"
 
 
 def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> Ahead:

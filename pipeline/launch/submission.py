@@ -83,14 +83,15 @@ def queue(works: Sequence[Work], profile: Profile, since: float, most: int | Non
         behind: list[Run] = []
         left: dict[str, str] = {}
         alive = 0
-        for run in map(Run.of, works):
+        for work in works:
             try:
+                run = Run.of(work)
                 claim_folder(run)
                 if run.is_done:
                     continue
                 before, job = record.read_job(run.folder), attach(run.folder)
             except UserError as error:
-                left[run.label] = str(error)
+                left[f"{work.stage}/{work.name}"] = str(error)
                 continue
             if job is not None:
                 alive += 1
