@@ -27,8 +27,9 @@ from pipeline.errors import UserError
 from pipeline.launch import record
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import retry_or_raise
+from pipeline.launch.queueing import queue
 from pipeline.launch.scheduler import scheduler_of
-from pipeline.launch.submission import Run, attach, queue, state, submit
+from pipeline.launch.submission import Run, attach, state, submit
 from pipeline.launch.works import of_stage
 
 log = logging.getLogger(__name__)

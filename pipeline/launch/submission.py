@@ -43,6 +43,12 @@ class Run:
         return f"{self.work.stage}/{self.work.name}"
 
     @property
+    def upstream(self) -> "Run":
+        """The run that this one starts from."""
+        assert self.work.after is not None
+        return Run.of(self.work.after.work)
+
+    @property
     def is_done(self) -> bool:
         return record.is_done(self.folder, self.fingerprint)
 
@@ -68,73 +74,6 @@ def attach_or_submit(run: Run, profile: Profile, *, is_retry: bool) -> Job | Non
                 log.warning("%s: %s; trying again every %d s", run.label, error, LIMIT_S)
             said = str(error)
         time.sleep(LIMIT_S)
-
-
-def queue(works: Sequence[Work], profile: Profile, since: float, most: int | None = None) -> dict[str, str]:
-    """Submit the works that are neither done nor queued: an array, then a job for each work that depends on an element.
-
-    As far as the scheduler takes them, up to the profile's `max_jobs`, and so that at most `most` of them are pending
-    or running. Returns why the others are not, by label.
-    Skips a run whose folder is held by a job with another fingerprint, and one that was submitted after `since` (Unix
-    time, s) and has failed or was cancelled: the run's own stage reports it.
-    """
-    with record.launching():
-        first: list[Run] = []
-        behind: list[Run] = []
-        left: dict[str, str] = {}
-        alive = 0
-        for work in works:
-            try:
-                run = Run.of(work)
-                claim_folder(run)
-                if run.is_done:
-                    continue
-                before, job = record.read_job(run.folder), attach(run.folder)
-            except UserError as error:
-                left[f"{work.stage}/{work.name}"] = str(error)
-                continue
-            if job is not None:
-                alive += 1
-            elif before is None or before.submitted <= since:
-                (behind if run.work.after is not None and not _upstream(run).is_done else first).append(run)
-        waiting = [*first, *behind]
-        room = len(waiting) if most is None else min(len(waiting), max(0, most - alive))
-        if waiting and profile.max_jobs is not None:
-            room = min(room, max(0, profile.max_jobs - _jobs_alive()))
-        left |= {run.label: "as many jobs are queued as the cluster profile allows" for run in waiting[room:]}
-        for part in [first[:room], *([run] for run in behind[: max(0, room - len(first))])]:
-            for run in part:
-                record.forget_failures(run.folder)
-            left |= _submit_what_is_accepted(part, profile)
-    return left
-
-
-def _jobs_alive() -> int:
-    """Pending and running jobs of this checkout."""
-    number = 0
-    for folder in (file.parent for file in sorted(paths.RUNS.glob("*/*/job.json"))):
-        job = record.read_job(folder)
-        if job is not None and not record.is_done(folder, record.fingerprint_of(folder)):
-            number += not state(job).is_over
-    return number
-
-
-def _submit_what_is_accepted(runs: list[Run], profile: Profile) -> dict[str, str]:
-    """Submit an array; if that is refused, its halves, down to single jobs. Why the rest is not queued, by label."""
-    if not runs:
-        return {}
-    try:
-        submit(runs, profile)
-    except UserError as error:
-        if len(runs) == 1 or not isinstance(error, RefusedError):
-            return {run.label: str(error) for run in runs}
-    else:
-        return {}
-    half = len(runs) // 2
-    left = _submit_what_is_accepted(runs[:half], profile)
-    if left:
-        return left | {run.label: next(iter(left.values())) for run in runs[half:]}
-    return _submit_what_is_accepted(runs[half:], profile)
 
 
 def attach(folder: Path) -> Job | None:
@@ -238,11 +177,6 @@ def refuse_while_read(betons: Sequence[Path]) -> None:
         )
 
 
-def _upstream(run: Run) -> Run:
-    assert run.work.after is not None
-    return Run.of(run.work.after.work)
-
-
 def submit(runs: list[Run], profile: Profile) -> list[Job]:
     """Submit one job, or one array; the intent is first recorded in each run folder. Call it under the launch lock.
 
@@ -283,7 +217,7 @@ def _write_work(run: Run, profile: Profile, code: Path) -> str | None:
     """Write `work.json` for the job; returns the id of the job that it has to wait for, if any."""
     arguments, needed, waits_for = {**run.work.arguments, **run.work.watching}, None, None
     if (after := run.work.after) is not None:
-        upstream = _upstream(run)
+        upstream = run.upstream
         job = None if upstream.is_done else attach(upstream.folder)
         if upstream.is_done or (job is not None and record.fingerprint_of(upstream.folder) == upstream.fingerprint):
             arguments[after.argument] = str((upstream.folder / "out" / after.output).absolute())
