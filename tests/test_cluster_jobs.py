@@ -1,6 +1,7 @@
 """Submission and waiting on a real Slurm: all trainings at once, few queries, held jobs, `jobs`, `cancel`, `doctor`."""
 
 import itertools
+import json
 import signal
 import subprocess
 import time
@@ -148,6 +149,30 @@ def slurm_asked(queries: Path) -> int:
     return len(queries.read_text().split()) if queries.exists() else 0
 
 
+def test_a_job_queued_ahead_that_dies_is_submitted_again_within_a_minute(
+    slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout
+) -> None:
+    """Its batch script is killed, so nobody requeues it, while `dvc repro` waits for another training."""
+    checkout = checkout_on_slurm
+    folder = checkout.folder / "runs/train_classifier/poolformer_s24-0"
+    with started(slurm_cluster, checkout, "dvc", "repro"):
+        wait_until(lambda: len(queued(slurm_cluster, checkout)) == 4, "four jobs")
+        job = json.loads((folder / "job.json").read_text())["job_id"]
+        wait_until(lambda: queued(slurm_cluster, checkout, "%T").get(job) == ["RUNNING"], "its start")
+        slurm_cluster.run("scancel", "--batch", "--signal=KILL", job)
+        wait_until(lambda: job not in queued(slurm_cluster, checkout), "its end")
+        began = time.monotonic()
+        wait_until(lambda: json.loads((folder / "job.json").read_text())["job_id"] not in (None, job), "another", 120)
+        print(f"\nfrom the end of a job queued ahead to another one: {time.monotonic() - began:.0f} s")
+        again = json.loads((folder / "job.json").read_text())["job_id"]
+
+        def waits_for_it() -> bool:
+            behind = dict(queued(slurm_cluster, checkout, "%j", "%E").values())
+            return behind.get("train_segmenter-poolformer_s24-0", "").startswith(f"afterok:{again}")
+
+        wait_until(waits_for_it, "its segmenter behind it", 120)
+
+
 def test_one_target_queues_only_what_it_needs(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
     checkout = checkout_on_slurm
     with started(slurm_cluster, checkout, "dvc", "repro", "evaluate_segmenter@poolformer_s12-0"):
@@ -197,7 +222,8 @@ def test_doctor_tries_the_cluster_and_names_what_is_wrong(
     slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout
 ) -> None:
     checkout = checkout_on_slurm
-    tried = checkout.pipeline("doctor", "--test-job").stdout
+    tried = checkout.pipeline("doctor", "--test-job", SBATCH_PARTITION="gpu").stdout
+    assert "SBATCH_PARTITION of the shell mean nothing here" in " ".join(tried.split())
     assert "would accept a job of this profile" in tried
     assert "rank 0" in tried
     assert "n1: CPU, 0 GPUs" in tried
