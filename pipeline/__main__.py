@@ -126,6 +126,11 @@ def _plan(options: Options) -> int:
 
 
 def _doctor(options: Options) -> int:
+    if options.profile is not None:
+        from pipeline.launch import first_profile
+
+        print(first_profile.write(options.profile))
+        return 0
     from pipeline.doctor import examine
 
     return examine(verify=options.verify, test_job=options.test_job)
@@ -248,6 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add("doctor", _doctor, "what is there, what is missing, what to do")
     doctor.add_argument("--verify", action="store_true", help="check each sample of each .beton against its manifest")
     doctor.add_argument("--test-job", action="store_true", help="submit a job of a minute that tries the cluster")
+    doctor.add_argument(
+        "--profile", type=Path, metavar="FILE", help="write a first cluster profile, as slurm/mine.yaml"
+    )
     submit = add("submit", _submit, "queue all trainings that are stale, and leave; `dvc repro` collects them")
     submit.add_argument("targets", nargs="*", help="as for `dvc repro`: only what these need")
     add("jobs", _jobs, "the jobs that wait or run: state, node, progress, time left")

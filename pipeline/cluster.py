@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 
 FOR_SLURM = (
     "partition", "account", "qos", "constraint", "memory_gb", "time_min", "signal_delay_s", "array_parallelism",
-    "queue_ahead", "max_jobs", "gpu_type", "srun_args", "container", "setup", "additional",
+    "queue_ahead", "max_jobs", "drive", "notify", "gpu_type", "srun_args", "container", "setup", "additional",
 )  # fmt: skip
 
 
@@ -88,6 +88,12 @@ class Profile(Strict):
     srun_args: tuple[str, ...] = Field(default=(), description="further options of srun, as --mpi=none")
     max_jobs: int | None = Field(
         default=None, ge=1, description="most pending and running jobs of all stages; queueing ahead stops there"
+    )
+    drive: dict[str, str | int | bool] = Field(
+        default={}, description="#SBATCH options of the job of `python -m pipeline drive`, by long name"
+    )
+    notify: str | None = Field(
+        default=None, description="shell command at the end of a drive; $MESSAGE says how it ended"
     )
     container: str | None = Field(default=None, description="command that runs its arguments in a container")
     setup: tuple[str, ...] = Field(default=(), description="shell lines before the job starts")

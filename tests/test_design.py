@@ -63,6 +63,7 @@ def test_readme_commands_exist() -> None:
         "views",
         "jobs",
         "submit",
+        "drive",
         "cancel",
         "plan",
         "why",

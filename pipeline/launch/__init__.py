@@ -4,6 +4,7 @@ In the order in which a training passes through them:
     fingerprint, closure     what its result depends on, and the copy of the code that the job runs
     submission               its run folder; attach to the job that is there, or submit one
     queueing, ahead          several at once: what `dvc repro` will come to, queued and looked after
+    drive                    `dvc repro` itself as a job
     scheduler, local, slurm  one interface to submit, find and cancel jobs, two implementations
     slurm_status             what squeue and sacct say about the jobs of a checkout
     worker                   runs in the job, once per rank: checks, rendezvous, the call, `done`

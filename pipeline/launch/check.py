@@ -17,6 +17,7 @@ from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch.fingerprint import Work
+from pipeline.launch.first_profile import minutes
 from pipeline.launch.jobs import run_job
 from pipeline.launch.scheduler import Finding
 from pipeline.launch.slurm import script
@@ -76,7 +77,7 @@ def _sizes(profile: Profile, path: Path) -> Iterator[Finding]:
             return
     each = f"{cores} cores and {profile.gpus} GPUs each"
     yield Finding("ok", "nodes", f"{len(nodes)}, of which a job takes {profile.nodes} with {each}")
-    limits = {_minutes(node[3]) for node in nodes.values()}
+    limits = {minutes(node[3]) for node in nodes.values()}
     if limits and (limit := max(limits)) < profile.time_min:
         yield Finding(
             "fault", "time_min", f"{profile.time_min} is above the partition's limit of {limit:.0f}: correct {path}"
@@ -86,15 +87,6 @@ def _sizes(profile: Profile, path: Path) -> Iterator[Finding]:
 def _gpus(gres: str) -> int:
     """GPUs in a gres string such as `gpu:a100:8(S:0-1),ssd:1`."""
     return sum(int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
-
-
-def _minutes(limit: str) -> float:
-    """Slurm's `days-hours:minutes:seconds` in minutes; infinity for no limit."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
-    if match is None:
-        return float("inf")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return days * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def _acceptance(profile: Profile, path: Path) -> Finding:
