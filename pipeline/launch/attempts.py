@@ -47,6 +47,10 @@ class InfrastructureError(Exception):
     """An error of a node or the network and not of the run: retried with a back-off, on a budget of its own."""
 
 
+class StallError(Exception):
+    """No step was made for too long; all ranks say so, and not which of them held up the others."""
+
+
 def node() -> str:
     """This machine's name in Slurm, or else its own."""
     return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
@@ -120,6 +124,7 @@ def errors_of_rank(folder: Path, attempt: Attempt, rank: int) -> Iterator[None]:
             "is_user_error": is_user_error,
             "is_transient": is_transient,
             "follows": follows,
+            "is_everywhere": isinstance(error, StallError),
         }
         try:
             with paths.written_atomically(folder / f"errors/{attempt}.{rank}.json") as temporary:
@@ -153,7 +158,8 @@ def _first_error(folder: Path, attempt: Attempt, log_file: Path) -> _Cause | Non
         if cause["is_user_error"]:
             return _Cause(cause["message"], is_user_error=True)
         message = f"rank {cause['rank']} on {cause['node']}: {cause['message']}"
-        return _Cause(message, cause["node"], is_transient=cause.get("is_transient", False))
+        blamed = "" if cause.get("is_everywhere") else cause["node"]
+        return _Cause(message, blamed, is_transient=cause.get("is_transient", False))
     reported = {str(error["rank"]) for error in found}
     own_part = _text(log_file).rpartition(f"{BEGINS} {attempt}\n")[2]
     if any(os.strerror(number) in own_part for number in FULL):  # there was no room for the error either

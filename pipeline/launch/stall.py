@@ -13,16 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.launch import attempts
-from pipeline.launch.attempts import Attempt
+from pipeline.launch.attempts import Attempt, StallError
 
 STATUS = 3
 """The exit status of a rank that was ended for this."""
 OTHERS_S = 10.0
 """How long a rank stays for the others to write their stacks; srun ends them when the first exits."""
-
-
-class StallError(Exception):
-    """No step was made for too long."""
 
 
 @contextmanager
