@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +415,59 @@ def test_a_job_runs_the_code_it_was_queued_with_and_a_duplicate_touches_nothing(
     assert "nothing that its result depends on has changed" in (
         training.checkout.pipeline("why", "train_classifier", "poolformer_s12", "0").stdout
     )
+    training.assert_nothing_left()
+
+
+@contextmanager
+def profile(training: Training, text: str) -> Iterator[None]:
+    """Another cluster profile for one test."""
+    place = training.checkout.folder / "slurm/faults.yaml"
+    place.write_text(text)
+    try:
+        yield
+    finally:
+        place.write_text(PROFILE)
+
+
+def test_a_rank_that_stands_still_is_ended_and_the_job_goes_on(training: Training, undisturbed: bytes) -> None:
+    """The kernel stops rank 1; rank 0 waits for it in vain, says where, and ends."""
+    with profile(training, PROFILE + "stall_min: 1\n"):
+        stage = training.start()
+        wait_until(lambda: training.step() >= INTERVAL, "the first steps", PATIENCE_S)
+        disturb(training, "kill -STOP of one rank, stall_min: 1", lambda: training.ranks()[1].suspend())
+        training.finish(stage)
+    assert "no step for 1.0 min; all threads of rank 0" in training.log()
+    assert "in train" in training.log().partition("all threads of rank 0")[2], "the stacks"
+    assert "rank 0 on n1: StallError: no step for 1.0 min" in training.failures()[0]["message"]
+    assert training.weights() == undisturbed
+    training.assert_nothing_left()
+
+
+BROKEN_NODE = '[ "$SLURMD_NODENAME" = n1 ] && export PYTHONHOME=/broken'
+
+
+def test_a_node_on_which_a_job_fails_is_not_taken_again(training: Training) -> None:
+    """Python starts on n2 alone. Later a rank is killed there, with Python on n1 whole again."""
+    one_node = PROFILE.replace("nodes: 2", "nodes: 1")
+    training.compose(100_000)
+    with profile(training, one_node + f"setup: ['{BROKEN_NODE}']\n"):
+        stage = training.start()
+        wait_until(lambda: training.step() >= INTERVAL, "steps on the other node", PATIENCE_S)
+        broken, job = sorted(training.submitted(), key=int)
+        assert training.cluster.state(broken) == "FAILED"
+        assert training.cluster.run("squeue", "-h", "-o", "%N", f"--jobs={job}") == "n2"
+        assert [failure["node"] for failure in training.failures()] == ["n1"]
+        training.checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0")
+        assert stage.wait(timeout=PATIENCE_S) == 1
+    with profile(training, one_node):
+        stage = training.start()
+        where = ("squeue", "-h", "-o", "%N", "-n", "train_classifier-poolformer_s12-0")
+        wait_until(lambda: len(training.resumes()) == 1 and training.ranks(), "going on", PATIENCE_S)
+        before = training.cluster.run(*where)
+        disturb(training, "kill -9 of the only rank, another node up", lambda: training.ranks()[0].kill())
+        assert {before, training.cluster.run(*where)} == {"n1", "n2"}
+        training.checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0")
+        assert stage.wait(timeout=PATIENCE_S) == 1
     training.assert_nothing_left()
 
 
