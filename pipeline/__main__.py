@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 Options = argparse.Namespace
 RUN_STAGES = [stage for task in TASKS.values() for stage in (task.training_stage, task.evaluation_stage)]
 """Those with a run folder for each variant and seed."""
-OTHER_RUNS = ("evaluate_released", "evaluate_test_set", "evaluate_released_test_set", "doctor")
+OTHER_RUNS = ("drive", "evaluate_released", "evaluate_test_set", "evaluate_released_test_set", "doctor")
 """Others that run jobs."""
 
 
@@ -150,6 +150,15 @@ def _submit(options: Options) -> int:
     return 1 if left else 0
 
 
+def _drive(options: Options) -> int:
+    from pipeline.cluster import load_profile
+    from pipeline.launch import drive
+
+    load_params(paths.PARAMS)  # an error in them is better known now
+    print(drive.submit(load_profile(paths.cluster_profile()), options.targets))
+    return 0
+
+
 def _jobs(_: Options) -> int:
     from pipeline.launch.jobs import show_jobs
 
@@ -158,8 +167,12 @@ def _jobs(_: Options) -> int:
 
 
 def _cancel(options: Options) -> int:
+    from pipeline.launch import drive
     from pipeline.launch.submission import cancel
 
+    if options.stage == drive.STAGE:
+        print(f"ended job {drive.cancel()}; the jobs of trainings continue")
+        return 0
     for name in options.name:
         print(f"ended job {cancel(options.stage, name)} of {name}; `dvc repro` goes on from its last checkpoint")
     return 0
@@ -258,6 +271,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit = add("submit", _submit, "queue all trainings that are stale, and leave; `dvc repro` collects them")
     submit.add_argument("targets", nargs="*", help="as for `dvc repro`: only what these need")
+    drive = add("drive", _drive, "run `dvc repro` as a one-core job that puts itself back until the graph ends")
+    drive.add_argument("targets", nargs="*", help="as for `dvc repro`")
     add("jobs", _jobs, "the jobs that wait or run: state, node, progress, time left")
     cancel = add("cancel", _cancel, "end the jobs of one or more runs; their checkpoints stay")
     why = add("why", _why, "what differs between a run and the one that would be made now")

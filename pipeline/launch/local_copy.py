@@ -65,12 +65,12 @@ class LocalCopies(AbstractContextManager["LocalCopies"]):
         Raises:
             OSError: it cannot be made here.
         """
-        folder = Path(os.path.expandvars(str(self.folder))).expanduser()
-        if "$" in str(folder):
+        disk = Path(os.path.expandvars(str(self.folder))).expanduser()
+        if "$" in str(disk):
             raise OSError(f"local_copy: {self.folder} names a variable that is not set on this node")
         manifest = paths.manifest(beton)
         key = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
-        place = folder / f"{os.environ.get('USER', os.getuid())}-betons" / f"{beton.stem}-{key}"
+        place = disk / f"{os.environ.get('USER', os.getuid())}-betons" / f"{beton.stem}-{key}"
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         target, size = place / beton.name, beton.stat().st_size
         lock = os.open(place.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
