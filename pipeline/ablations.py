@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.errors import UserError, unknown
-from pipeline.variants import MLP_RATIO, Variant, find_variant
+from pipeline.errors import find
+from pipeline.variants import MLP_RATIO, Variant, find_variant, four
 
 Mixer = Literal[
     "pool3", "pool5", "pool7", "pool9", "identity", "random_matrix", "depthwise_conv", "attention", "spatial_fc"
@@ -50,10 +50,7 @@ class Ablation:
 
 
 def _ablation(mixers: list[Mixer] | None = None, **fields: Any) -> Ablation:
-    if mixers is not None:
-        first, second, third, fourth = mixers
-        fields["mixers"] = (first, second, third, fourth)
-    return Ablation(**fields)
+    return Ablation(**fields) if mixers is None else Ablation(four(mixers), **fields)
 
 
 ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
@@ -67,9 +64,7 @@ def find_ablation(name: str) -> Ablation:
     Raises:
         UserError: there is none; the message has the valid names.
     """
-    if name not in ABLATIONS:
-        raise UserError(unknown(f"ablation {name!r}", name, ABLATIONS))
-    return ABLATIONS[name]
+    return find("ablation", name, ABLATIONS)
 
 
 def stage_sides(image_px: int) -> list[int]:

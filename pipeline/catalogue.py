@@ -3,7 +3,7 @@
 from pipeline.comparisons.description import Comparison
 from pipeline.comparisons.table2 import TABLE2
 from pipeline.comparisons.table4 import TABLE4
-from pipeline.errors import UserError, unknown
+from pipeline.errors import find
 from pipeline.tasks.classification.description import CLASSIFIER
 from pipeline.tasks.description import DataSet, Task
 from pipeline.tasks.segmentation.description import SEGMENTER
@@ -20,9 +20,7 @@ def find_task(name: str) -> Task:
     Raises:
         UserError: there is none; the message has the valid names.
     """
-    if name not in TASKS:
-        raise UserError(unknown(f"task {name!r}", name, TASKS))
-    return TASKS[name]
+    return find("task", name, TASKS)
 
 
 def comparison_of(task: str) -> Comparison:

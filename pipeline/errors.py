@@ -1,7 +1,10 @@
 """The one error class that users meet, and a sentence that many of them need."""
 
 import difflib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -16,3 +19,14 @@ def unknown(what: str, name: str, valid: Any) -> str:
     near = difflib.get_close_matches(name, list(valid), n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"unknown {what}{hint}; valid: {', '.join(valid)}"
+
+
+def find(what: str, name: str, valid: Mapping[str, T]) -> T:
+    """What has that name, of a kind such as "variant".
+
+    Raises:
+        UserError: nothing has; the message has the valid names.
+    """
+    if name not in valid:
+        raise UserError(unknown(f"{what} {name!r}", name, valid))
+    return valid[name]

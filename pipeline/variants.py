@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from pipeline.errors import UserError, unknown
+from pipeline.errors import find
 
+T = TypeVar("T")
 Four = tuple[int, int, int, int]
 FILE = Path(__file__).with_suffix(".yaml")
 MLP_RATIO = 4
@@ -32,11 +33,12 @@ class Variant:
 
 
 def _variant(blocks: list[int], widths: list[int], **numbers: Any) -> Variant:
-    return Variant(_four(blocks), _four(widths), **numbers)
+    return Variant(four(blocks), four(widths), **numbers)
 
 
-def _four(numbers: list[int]) -> Four:
-    first, second, third, fourth = numbers
+def four(values: list[T]) -> tuple[T, T, T, T]:
+    """One for each stage."""
+    first, second, third, fourth = values
     return first, second, third, fourth
 
 
@@ -51,9 +53,16 @@ def find_variant(name: str) -> Variant:
     Raises:
         UserError: there is none; the message has the valid names.
     """
-    if name not in VARIANTS:
-        raise UserError(unknown(f"variant {name!r}", name, VARIANTS))
-    return VARIANTS[name]
+    return find("variant", name, VARIANTS)
+
+
+def drop_path_rates(blocks: Four, last: float) -> list[list[float]]:
+    """The rate of each block by stage: linear from 0 to the last block's."""
+    depth, rates = sum(blocks), []
+    for stage, number in enumerate(blocks):
+        first = sum(blocks[:stage])
+        rates.append([last * block / (depth - 1) for block in range(first, first + number)])
+    return rates
 
 
 def parameters(variant: Variant, num_classes: int) -> int:

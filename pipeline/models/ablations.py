@@ -24,7 +24,7 @@ from pipeline.models.block import PoolFormerBlock
 from pipeline.models.poolformer import init_truncated_normal
 from pipeline.models.released_weights import check_name_hash, find_state_dict, read_checkpoint, released_key
 from pipeline.models.strict_loading import load_strict
-from pipeline.variants import find_variant
+from pipeline.variants import drop_path_rates, find_variant
 
 RELEASED_ABLATIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -48,18 +48,17 @@ class AblatedClassifier(nn.Module):
         self.expects = image_size if ablation.has_fixed_size else None
         spec = find_variant(variant)
         self.stem = Stem(3, spec.widths[0])
-        depth = sum(spec.blocks)
-        rates = [drop_path_rate * block / (depth - 1) for block in range(depth)]
         in_channels, stages = spec.widths[0], []
-        plan = zip(spec.blocks, spec.widths, ablation.mixers, stage_sides(image_size), strict=True)
-        for index, (blocks, width, mixer, side) in enumerate(plan):
+        rates_by_stage = drop_path_rates(spec.blocks, drop_path_rate)
+        plan = zip(spec.widths, rates_by_stage, ablation.mixers, stage_sides(image_size), strict=True)
+        for index, (width, rates, mixer, side) in enumerate(plan):
             embeds = index == ablation.embeds_positions_before
             stage = Stage(in_channels, width, side if embeds else None)
             stage.blocks = nn.Sequential(
-                *(_block(ablation, width, side, mixer, rate, spec.layer_scale_init) for rate in rates[:blocks])
+                *(_block(ablation, width, side, mixer, rate, spec.layer_scale_init) for rate in rates)
             )
             stages.append(stage)
-            in_channels, rates = width, rates[blocks:]
+            in_channels = width
         self.stages = nn.Sequential(*stages)
         for module in self.stages.modules():
             # The channel MLP's convolutions and every linear layer; other convolutions keep PyTorch's default.

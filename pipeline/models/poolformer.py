@@ -10,7 +10,7 @@ from timm.models.metaformer import MetaFormerStage, Pooling, Stem
 from torch import Tensor, nn
 
 from pipeline.models.block import PoolFormerBlock
-from pipeline.variants import find_variant
+from pipeline.variants import drop_path_rates, find_variant
 
 
 class PoolFormer(nn.Module):
@@ -25,12 +25,10 @@ class PoolFormer(nn.Module):
         self.variant = variant
         spec = find_variant(variant)
         self.stem = Stem(3, spec.widths[0])
-        depth = sum(spec.blocks)
-        rates = [drop_path_rate * block / (depth - 1) for block in range(depth)]
         in_channels, stages = spec.widths[0], []
-        for blocks, width in zip(spec.blocks, spec.widths, strict=True):
-            stages.append(_stage(in_channels, width, rates[:blocks], spec.layer_scale_init))
-            in_channels, rates = width, rates[blocks:]
+        for width, rates in zip(spec.widths, drop_path_rates(spec.blocks, drop_path_rate), strict=True):
+            stages.append(_stage(in_channels, width, rates, spec.layer_scale_init))
+            in_channels = width
         self.stages = nn.Sequential(*stages)
         # The patch embeddings (`stem.conv`, `downsample.conv`) keep PyTorch's default.
         for module in self.stages.modules():

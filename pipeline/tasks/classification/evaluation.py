@@ -67,7 +67,6 @@ class ValidationSet:
         return {"top1": counts["top1"], "top5": counts["top5"], "val_loss": counts["loss"]}
 
 
-@torch.inference_mode()
 def evaluate(
     world: ranks.World,
     run_folder: Path,
@@ -88,15 +87,27 @@ def evaluate(
     """
     model = create_classifier(variant, num_classes)
     load_released(model, Path(weights))
+    images = ValidationSet(beton, image_size, crop_fraction, precision)
+    return evaluate_model(model, model, images, world, run_folder, profile, classes)
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    counted: nn.Module,
+    images: ValidationSet,
+    world: ranks.World,
+    run_folder: Path,
+    profile: Profile,
+    classes: list[int] | None = None,
+) -> bool:
+    """As `evaluate`, of a model with its weights; `counted` is the same for images of 224 px, for its multiply-adds."""
     model.eval().to(world.device).to(memory_format=torch.channels_last)
     meter = ClassificationMeter(world.device)
     rows: list[pd.DataFrame] = []
-    images = ValidationSet(beton, image_size, crop_fraction, precision)
-    loader = images.loader(world, profile.max_images_per_device)
-    chosen = (
-        torch.arange(num_classes, device=world.device) if classes is None else torch.tensor(classes).to(world.device)
-    )
-    for sample_ids, outputs, labels in predict(model, loader, world, precision):
+    beton, loader = images.beton, images.loader(world, profile.max_images_per_device)
+    chosen = slice(None) if classes is None else torch.tensor(classes).to(world.device)
+    for sample_ids, outputs, labels in predict(model, loader, world, images.precision):
         logits = outputs[:, chosen]
         meter.update(logits, labels)
         rows.append(_prediction_rows(sample_ids, logits, labels))
@@ -112,7 +123,7 @@ def evaluate(
         with paths.written_atomically(run_folder / "out/predictions.parquet") as temporary:
             table.to_parquet(temporary)
         real = real_accuracy(_file_names(Path(beton)), table["predicted"].tolist()) if classes is None else {}
-        result = {**counts, **real, "parameters": count_parameters(model), "macs_g": count_macs(model, 224) / 1e9}
+        result = {**counts, **real, "parameters": count_parameters(model), "macs_g": count_macs(counted, 224) / 1e9}
         with paths.written_atomically(run_folder / "out/metrics.json") as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
     return True

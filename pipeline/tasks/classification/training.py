@@ -32,11 +32,11 @@ class ClassificationTask:
     def __init__(
         self, variant: str, recipe: ClassificationRecipe, num_classes: int, beton: Path, seed: int, world: ranks.World
     ) -> None:
-        self.recipe, self.beton, self.seed, self.world = recipe, beton, seed, world
+        self.variant, self.recipe, self.beton, self.seed, self.world = variant, recipe, beton, seed, world
         self.precision, self.global_batch_size = recipe.precision, recipe.global_batch_size
         self.image_size = recipe.image_size
         with SeededInitialisation(seed):
-            self.model: nn.Module = create_classifier(variant, num_classes, recipe.drop_path_rate)
+            self.model = self.create_model(num_classes)
         self.images = samples = int(open_beton(beton).num_samples)
         self.steps_per_epoch = recipe.steps_per_epoch(samples)
         if self.steps_per_epoch == 0:
@@ -52,6 +52,9 @@ class ClassificationTask:
         self.first_row_loaded = world.rank * self.share // self.rows_loaded * self.rows_loaded
         start = world.rank * self.share - self.first_row_loaded
         self.own_rows = slice(start, start + self.share)
+
+    def create_model(self, num_classes: int) -> nn.Module:
+        return create_classifier(self.variant, num_classes, self.recipe.drop_path_rate)
 
     def _rows_loaded(self) -> int:
         """Rows of the global batch that this rank reads: its share, or the whole mixing group that its share is in."""
@@ -142,12 +145,15 @@ def train(
     checked = validate(ClassificationRecipe, recipe, "recipe")
     layout = split(checked.global_batch_size, world.size, profile.max_images_per_device)
     task = ClassificationTask(variant, checked, num_classes, Path(beton), seed, world)
-    passes = None if validation is None else _validation(task, validation, profile)
+    passes = validation_passes(task, validation, profile)
     return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=passes)
 
 
-def _validation(task: ClassificationTask, validation: dict[str, Any], profile: Profile) -> Validation | None:
-    if not profile.validations:
+def validation_passes(
+    task: ClassificationTask, validation: dict[str, Any] | None, profile: Profile
+) -> Validation | None:
+    """The passes that a profile asks for, with the arguments of ValidationSet; None for none."""
+    if validation is None or not profile.validations:
         return None
     # By name: validation changes no weight, so its code is not among what a training depends on.
     images = import_module("pipeline.tasks.classification.evaluation").ValidationSet(**validation)
