@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import paths
-from pipeline.catalogue import DATA_SETS, TASKS, find_task
-from pipeline.config import check_variant, load_params
+from pipeline.catalogue import DATA_SETS, RELEASED_STAGES, TASKS, find_task
+from pipeline.config import Params, check_variant, load_params
 from pipeline.errors import UserError
 
 Options = argparse.Namespace
@@ -48,21 +48,24 @@ def _convert(options: Options, data: str) -> int:
 def _train(options: Options, task: str) -> int:
     from pipeline.stages import train
 
-    train.run(load_params(paths.PARAMS), TASKS[task], check_variant(options.variant), options.seed)
+    params = load_params(paths.PARAMS)
+    train.run(params, TASKS[task], TASKS[task].check(params, options.variant), options.seed)
     return 0
 
 
 def _evaluate(options: Options, task: str) -> int:
     from pipeline.stages import evaluate
 
-    evaluate.run(load_params(paths.PARAMS), TASKS[task], check_variant(options.variant), options.seed)
+    params = load_params(paths.PARAMS)
+    evaluate.run(params, TASKS[task], TASKS[task].check(params, options.variant), options.seed)
     return 0
 
 
-def _evaluate_released(options: Options) -> int:
+def _evaluate_released(options: Options, stage: str) -> int:
     from pipeline.stages import evaluate_released
 
-    evaluate_released.run(load_params(paths.PARAMS), check_variant(options.variant))
+    params = load_params(paths.PARAMS)
+    evaluate_released.run(params, stage, RELEASED_STAGES[stage][0].check(params, options.variant))
     return 0
 
 
@@ -100,7 +103,7 @@ STAGES: dict[str, tuple[Callable[[Options], int], tuple[str, ...]]] = {
     **{f"convert_{name}": (partial(_convert, data=name), ()) for name in DATA_SETS},
     **{task.training_stage: (partial(_train, task=name), ("variant", "seed")) for name, task in TASKS.items()},
     **{task.evaluation_stage: (partial(_evaluate, task=name), ("variant", "seed")) for name, task in TASKS.items()},
-    "evaluate_released": (_evaluate_released, ("variant",)),
+    **{stage: (partial(_evaluate_released, stage=stage), ("variant",)) for stage in RELEASED_STAGES},
     "convert_test_set": (_convert_test_set, ("name",)),
     "evaluate_test_set": (_evaluate_test_set, ("name", "variant", "seed")),
     "evaluate_released_test_set": (_evaluate_released_test_set, ("name", "variant")),
@@ -178,25 +181,27 @@ def _cancel(options: Options) -> int:
     return 0
 
 
-def _variant_and_seed(words: list[str]) -> tuple[str, int]:
+def _variant_and_seed(params: Params, stage: str, words: list[str]) -> tuple[str, int]:
     variant, _, seed = "-".join(words).rpartition("-")
     if not seed.isdigit():
         raise UserError(f"{' '.join(words)} is no variant and seed, as poolformer_s12 0")
-    return check_variant(variant), int(seed)
+    return find_task(stage.partition("_")[2]).check(params, variant), int(seed)
 
 
 def _why(options: Options) -> int:
     from pipeline import upkeep
 
-    print(upkeep.why(load_params(paths.PARAMS), options.stage, *_variant_and_seed(options.name)))
+    params = load_params(paths.PARAMS)
+    print(upkeep.why(params, options.stage, *_variant_and_seed(params, options.stage, options.name)))
     return 0
 
 
 def _adopt(options: Options) -> int:
     from pipeline import upkeep
 
-    run = _variant_and_seed(options.name)
-    print(upkeep.adopt(load_params(paths.PARAMS), options.stage, *run, options.because))
+    params = load_params(paths.PARAMS)
+    run = _variant_and_seed(params, options.stage, options.name)
+    print(upkeep.adopt(params, options.stage, *run, options.because))
     return 0
 
 

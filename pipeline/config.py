@@ -7,11 +7,12 @@ workers) is no business of this file: see `pipeline.cluster`.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.ablations import find_ablation
 from pipeline.errors import UserError, unknown
 from pipeline.variants import VARIANTS, find_variant
 
@@ -26,7 +27,14 @@ def check_variant(variant: str) -> str:
     return variant
 
 
+def check_ablation(name: str) -> str:
+    """Return `name`, or raise UserError naming the valid ones."""
+    find_ablation(name)
+    return name
+
+
 Variant = Annotated[str, AfterValidator(check_variant)]
+Ablation = Annotated[str, AfterValidator(check_ablation)]
 
 
 class Strict(BaseModel):
@@ -158,6 +166,29 @@ class Segmentation(Strict):
         return _merged(SegmentationRecipe, "segmentation", self.recipe, self.variants, variant)
 
 
+class ChangedRecipes(Strict):
+    """Trainings of PoolFormer-S12 with one thing changed: a row of a table for each, by name."""
+
+    section: ClassVar[str]
+    train: list[str] = Field(description="rows to train")
+    recipe: dict[str, Any] = Field(description="fields of ClassificationRecipe shared by all rows")
+    baseline: dict[str, Any] = Field(description="those of PoolFormer-S12 alone")
+    variants: dict[str, dict[str, Any]] = Field(description="fields that differ for one row, an entry for each")
+
+    def recipe_for(self, name: str) -> ClassificationRecipe:
+        return _merged(ClassificationRecipe, self.section, {**self.recipe, **self.baseline}, self.variants, name)
+
+
+class Ablations(ChangedRecipes):
+    section = "ablations"
+    train: list[Ablation] = Field(description="rows of Table 5 to train")
+    variants: dict[Ablation, dict[str, Any]] = Field(description="fields that differ for one row, an entry for each")
+
+
+class LongerTraining(ChangedRecipes):
+    section = "longer_training"
+
+
 class ClassificationEvaluation(Strict):
     image_size: int = Field(gt=0, description="pixels")
     crop_fraction: dict[str, float] = Field(description="centre crop / resized short side")
@@ -179,6 +210,7 @@ class Evaluation(Strict):
 class Released(Strict):
     folder: str = Field(description="folder with the authors' and mmseg's weight files")
     variants: list[Variant] = Field(description="variants whose released weights are evaluated")
+    ablations: list[Ablation] = Field(description="rows of Table 5 whose released weights are evaluated")
 
 
 class Params(Strict):
@@ -191,12 +223,15 @@ class Params(Strict):
     test_sets: TestSets
     classification: Classification
     segmentation: Segmentation
+    ablations: Ablations
+    longer_training: LongerTraining
     evaluation: Evaluation
     released: Released
 
     @model_validator(mode="after")
     def _splits_are_enough(self) -> "Params":
-        trained = bool(self.classification.train) and self.classification.weights == "trained"
+        classifiers = self.classification.train if self.classification.weights == "trained" else []
+        trained = bool(classifiers or self.ablations.train or self.longer_training.train)
         for name, splits, needed in (
             ("imagenet", self.imagenet.splits, {"train": trained, "val": True}),
             ("ade20k", self.ade20k.splits, {"training": bool(self.segmentation.train), "validation": True}),
@@ -217,6 +252,11 @@ class Params(Strict):
 
     @model_validator(mode="after")
     def _recipes_are_whole(self) -> "Params":
+        for changed in (self.ablations, self.longer_training):
+            for name in changed.train:  # each has an entry, for DVC to watch
+                if name not in changed.variants:
+                    raise ValueError(f"{changed.section}.train: {unknown(f'row {name!r}', name, changed.variants)}")
+                changed.recipe_for(name)
         for variant in self.classification.train:
             self.classification.recipe_for(variant)
         for variant in self.segmentation.train:

@@ -167,8 +167,7 @@ def _parameters() -> Iterator[Finding]:
     yield from _data(params)
     yield from _test_sets(params)
     yield from _split(params)
-    if params.released.variants:
-        yield from _released(params)
+    yield from _released(params)
 
 
 def _disk(params: Params) -> Iterator[Finding]:
@@ -211,23 +210,28 @@ def _test_sets(params: Params) -> Iterator[Finding]:
 def _split(params: Params) -> Iterator[Finding]:
     profile = cluster.load_profile(paths.cluster_profile())
     for task in TASKS.values():
-        for variant in task.variants(params)[:1]:
-            batch = task.params(params).recipe_for(variant).global_batch_size
-            split = cluster.split(
-                batch, profile.world_size, profile.max_images_per_device, accumulates=task.accumulates
-            )
+        batches = {
+            (task.params(params).recipe_for(variant).global_batch_size, task.accumulates(variant)): variant
+            for variant in task.variants(params)
+        }
+        for (batch, accumulates), variant in batches.items():
+            try:
+                split = cluster.split(batch, profile.world_size, profile.max_images_per_device, accumulates=accumulates)
+            except UserError as error:
+                yield Finding("fault", task.section, f"{variant}: {error}")
+                continue
             text = f"batch {batch} = {profile.world_size} ranks x {split.accumulation} x {split.micro_batch_size}"
             yield Finding("ok", task.section, text)
 
 
 def _released(params: Params) -> Iterator[Finding]:
-    from pipeline.models.released_weights import find_released
-
     folder = Path(params.released.folder)
-    for task in TASKS.values():
+    for task in (task for task in TASKS.values() if task.released_names(params)):
+        from pipeline.models.released_weights import find_released
+
         names = load(task.released)
         found = find_released(folder, names)
-        for variant in params.released.variants:
+        for variant in task.released_names(params):
             there = variant in found
             text = "there" if there else f"not in {folder}: its row will say missing (see released/README.md)"
             yield Finding("ok" if there else "note", names.get(variant, variant), text)

@@ -48,11 +48,6 @@ def curve(stage: str, variant: str, seed: int) -> Path:
     return RESULTS / stage / f"{variant}-{seed}.csv"
 
 
-def validation(variant: str, seed: int) -> Path:
-    """The validation passes of one classifier's training, as CSV."""
-    return RESULTS / "train_classifier" / f"{variant}-{seed}.validation.csv"
-
-
 def cost(stage: str, variant: str, seed: int) -> Path:
     """What one training took, as JSON."""
     return RESULTS / stage / f"{variant}-{seed}.cost.json"
@@ -78,9 +73,9 @@ def predictions(stage: str, name: str) -> Path:
     return Path("predictions") / stage / f"{name}.parquet"
 
 
-def released_predictions(variant: str) -> Path:
+def released_predictions(stage: str, variant: str) -> Path:
     """The same for the released weights of one variant: a file for each task whose weights are there."""
-    return Path("predictions/evaluate_released") / variant
+    return Path("predictions") / stage / variant
 
 
 def run(stage: str, name: str) -> Path:

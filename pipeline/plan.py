@@ -19,14 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import cluster, paths
-from pipeline.catalogue import COMPARISONS, DATA_SETS, TASKS
+from pipeline.catalogue import COMPARISONS, DATA_SETS, RELEASED_STAGES, TASKS
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.paper import label, numbers
 from pipeline.paper.spread import Spread
 from pipeline.tasks.classification.description import CLASSIFIER
 from pipeline.tasks.description import DataSet, Task
-from pipeline.variants import VARIANTS
 
 GUIDE_IMAGES = 310 * 1_281_167
 """Images that the cost guide's GPU-hours are for: 310 epochs of ImageNet, at 224 px."""
@@ -120,14 +119,15 @@ def forecast(params: Params) -> Iterator[Forecast]:
     for data in DATA_SETS.values():
         size = sum(beton_bytes(params, data, split) for split in data.section(params).splits)
         yield Forecast(f"convert_{data.name}", 0.0, size, "no GPU")
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(name for task in TASKS.values() for name in task.variants(params)):
         for task in TASKS.values():
             if variant in task.variants(params):
                 yield from _runs(params, task, variant)
-    for variant in params.released.variants:
-        rate = _rate(params, CLASSIFIER, variant)
-        macs = sum(_evaluation_gmacs(params, task, variant) for task in TASKS.values())
-        yield Forecast(f"evaluate_released@{variant}", macs * rate.seconds_per_gmac / 3600, 0, rate.basis)
+    for stage, tasks in RELEASED_STAGES.items():
+        for variant in tasks[0].released_names(params):
+            rate = _rate(params, tasks[0], variant)
+            macs = sum(_evaluation_gmacs(params, task, variant) for task in tasks)
+            yield Forecast(f"{stage}@{variant}", macs * rate.seconds_per_gmac / 3600, 0, rate.basis)
 
 
 def disk_bytes_to_come(params: Params) -> float:
@@ -162,7 +162,7 @@ def _runs(params: Params, task: Task, variant: str) -> Iterator[Forecast]:
 
 
 def _rate(params: Params, task: Task, variant: str) -> Rate:
-    """From a training of this variant here, else from that of the task it starts from, else from the cost guide."""
+    """From a training of this variant here, else of the task it starts from or of its base, else the cost guide."""
     size = task.params(params).recipe_for(variant).input_px
     gmacs = task.forward_gmacs(variant, size)
     for file in sorted((paths.RESULTS / task.training_stage).glob(f"{variant}-*.cost.json")):
@@ -176,12 +176,15 @@ def _rate(params: Params, task: Task, variant: str) -> Rate:
         if not rate.is_measured:
             return Rate(rate.seconds_per_gmac, f"{rate.basis}, scaled", False)
         return Rate(rate.seconds_per_gmac, f"scaled from the {task.starts_from.name}'s {rate.basis}", True)
+    if task.base:
+        rate = _rate(params, CLASSIFIER, task.base)
+        return Rate(rate.seconds_per_gmac, f"{rate.basis}, scaled from {label(task.base)}", rate.is_measured)
     guide = numbers("training_cost", label(variant)).get("gpu_hours")
     basis = "cost guide, RTX 3090"
     if guide is None:  # a variant that the guide lacks: by the multiply-adds of one that it has
         variant, basis = REFERENCE, f"{basis}, scaled from {label(REFERENCE)}"
         guide = numbers("training_cost", label(variant))["gpu_hours"]
-    per_gmac = guide * 3600 / GUIDE_IMAGES / task.forward_gmacs(variant, 224) / STEP_IN_FORWARD_PASSES
+    per_gmac = guide * 3600 / GUIDE_IMAGES / CLASSIFIER.forward_gmacs(variant, 224) / STEP_IN_FORWARD_PASSES
     return Rate(per_gmac, basis, False)
 
 

@@ -32,6 +32,7 @@ LONGEST_FIRST = (
 DEMO = (
     "scale=demo",
     "classification.train=[poolformer_s12]",
+    "ablations.train=[ppaa]",
     "classification.recipe.max_steps=12",
     "classification.recipe.precision=fp32",
     "segmentation.recipe.max_steps=6",
@@ -39,7 +40,7 @@ DEMO = (
     "evaluation.classification.precision=fp32",
     "evaluation.segmentation.precision=fp32",
 )
-"""The demo, shortened to one variant and a few steps, in float32 so that one process and two ranks can be compared."""
+"""The demo, shortened to one variant, one ablation and a few steps, in float32 so that one process and two ranks can be compared."""
 
 
 def _group(test: str) -> str:

@@ -50,8 +50,10 @@ def params(in_checkout: Path) -> Params:
     both = {task: {"status": "measured", "file": "f", "images": 1} for task in ("classifier", "segmenter")}
     write_json(paths.metrics("evaluate_released", "poolformer_s12"), both)
     write_json(paths.metrics("evaluate_released_test_set", "v2-poolformer_s12"), {"top1": 65.6, "images": 10_000})
-    write_predictions(paths.released_predictions("poolformer_s12") / "classifier.parquet", right=70)
-    write_counts(paths.released_predictions("poolformer_s12") / "segmenter.parquet", correct=90)
+    write_predictions(
+        paths.released_predictions("evaluate_released", "poolformer_s12") / "classifier.parquet", right=70
+    )
+    write_counts(paths.released_predictions("evaluate_released", "poolformer_s12") / "segmenter.parquet", correct=90)
     return load_params(paths.PARAMS)
 
 

@@ -16,6 +16,8 @@ import psutil
 import pytest
 from conftest import DEMO, ROOT, Checkout
 
+from pipeline.paper import label
+
 pytestmark = pytest.mark.slow
 PATIENCE_S = 600
 
@@ -32,12 +34,15 @@ def stale(checkout: Checkout) -> set[str]:
 
 
 def test_tables_have_the_contract_columns(finished: Checkout) -> None:
-    for name, macs in (("table2_imagenet", ["macs_g"]), ("table4_ade20k", [])):
+    tables = {"table2_imagenet": ("poolformer_s12", 5), "table4_ade20k": ("poolformer_s12", 5)}
+    tables |= {"table5_ablations": ("ppaa", 18)}
+    for name, (model, rows) in tables.items():
+        macs = [] if name == "table4_ade20k" else ["macs_g"]
         table = pd.read_csv(finished.folder / f"reports/{name}.csv")
         columns = ["model", "params_m", *macs, "paper", "released", "measured", "seeds", "difference", "verdict"]
         assert set(columns) <= set(table.columns)
-        assert len(table) == 5
-        row = table.set_index("model").loc["poolformer_s12"]
+        assert len(table) == rows
+        row = table.set_index("model").loc[model]
         assert 0 <= row["measured"] <= 100
         assert row["seeds"] == 1
         assert "not comparable" in row["verdict"]
@@ -45,6 +50,13 @@ def test_tables_have_the_contract_columns(finished: Checkout) -> None:
         for suffix in ("md", "html", "tex"):
             assert (finished.folder / f"reports/{name}.{suffix}").stat().st_size > 500
     assert "<svg" in (finished.folder / "reports/index.html").read_text()
+    table2, table5 = (
+        pd.read_csv(finished.folder / f"reports/{name}.csv").set_index("model") for name in list(tables)[::2]
+    )
+    baseline = table2.loc["poolformer_s12", "measured"]
+    assert table5.loc["baseline", "measured"] == baseline
+    assert table5.loc["ppaa", "effect"] == pytest.approx(table5.loc["ppaa", "measured"] - baseline, abs=1e-6)
+    assert table5.loc["ppaa", "macs_g"] == pytest.approx(2.56, abs=0.05), "at 224 px, whatever it was trained on"
 
 
 def test_a_second_repro_runs_nothing(finished: Checkout) -> None:
@@ -82,9 +94,19 @@ def test_one_target_runs_by_its_name(finished: Checkout) -> None:
             "config.py",
             "return self.learning_rate_per_1024 * self.global_batch_size / 1024",
             "return 4 * self.learning_rate_per_1024 * self.global_batch_size / 1024",
-            {"train_classifier@poolformer_s12-0", "compare_with_paper"},
+            {"train_classifier@poolformer_s12-0", "train_ablation@ppaa-0", "compare_with_paper"},
         ),
         ("variants.yaml", "\npoolformer_m48:", "\npoolformer_m60:", set()),
+        ("ablations.yaml", "\npool9:", "\npool11:", set()),
+        (
+            "ablations.yaml",
+            "crop_fraction: 0.95}\npppf",
+            "crop_fraction: 0.9}\npppf",
+            {
+                "train_ablation@ppaa-0",
+                "evaluate_ablation@ppaa-0",
+            },
+        ),
         (
             "variants.yaml",
             "blocks: [2, 2, 6, 2]",
@@ -93,10 +115,19 @@ def test_one_target_runs_by_its_name(finished: Checkout) -> None:
                 f"{step}_{kind}@poolformer_s12-0"
                 for step in ("train", "evaluate")
                 for kind in ("classifier", "segmenter")
-            },
+            }
+            | {"train_ablation@ppaa-0", "evaluate_ablation@ppaa-0"},
         ),
     ],
-    ids=["a comment", "a column's heading", "the learning rate", "another variant", "this variant"],
+    ids=[
+        "a comment",
+        "a column's heading",
+        "the learning rate",
+        "another variant",
+        "another ablation",
+        "this ablation",
+        "this variant",
+    ],
 )
 def test_a_change_of_code_makes_stale_what_it_can_change(
     finished: Checkout, file: str, old: str, new: str, stages: set[str]
@@ -166,19 +197,21 @@ def test_mlflow_has_the_comparison_its_runs_and_models(finished: Checkout) -> No
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{finished.folder}/mlflow.db")
-    for title, metric in (("Table 2", "top1"), ("Table 4", "miou")):
+    for title, metric, variant in (
+        ("Table 2", "top1", "poolformer_s12"), ("Table 4", "miou", "poolformer_s12"), ("Table 5", "top1", "ppaa"),
+    ):  # fmt: skip
         (experiment,) = [e for e in client.search_experiments() if e.name.startswith(title)]
         runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-        assert set(runs) == {f"{title} · demo", "PoolFormer-S12 · seed 0"}
-        training = runs["PoolFormer-S12 · seed 0"]
+        assert set(runs) == {f"{title} · demo", f"{label(variant)} · seed 0"}
+        training = runs[f"{label(variant)} · seed 0"]
         assert training.info.status == "FINISHED"
         assert training.data.metrics[metric] >= 0
-        assert training.data.params["variant"] == "poolformer_s12"
+        assert training.data.params["variant"] == variant
         assert training.data.tags["mlflow.parentRunId"] == runs[f"{title} · demo"].info.run_id
         assert "not comparable" in training.data.tags["verdict"]
         assert len(client.get_metric_history(training.info.run_id, "loss")) == 1
-    for kind in ("classifier", "segmenter"):
-        assert str(client.get_model_version_by_alias(f"poolformer_s12-{kind}-demo", "best").version) == "1"
+    for name in ("poolformer_s12-classifier-demo", "poolformer_s12-segmenter-demo", "ppaa-ablation-demo"):
+        assert str(client.get_model_version_by_alias(name, "best").version) == "1"
     assert "MLflow has everything" in finished.pipeline("sync").stdout
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline import paths, plan
 from pipeline.__main__ import main
+from pipeline.ablations import ABLATIONS
 from pipeline.catalogue import TASKS
 from pipeline.config import VARIANT_NAMES, load_params
 from pipeline.experiments import compose
@@ -44,8 +45,12 @@ def test_a_segmenter_is_scaled_by_multiply_adds(in_checkout: Path) -> None:
 def test_the_sizes_of_models_are_counted(task: Task, in_checkout: Path) -> None:
     """By formula, without a model: parameters exactly, multiply-adds but for those of the norms."""
     compose(["scale=paper"])
-    params, variant = load_params(paths.PARAMS), "poolformer_s12"
-    model = load(task.create)(variant, task.data.section(params).num_classes)
+    params = load_params(paths.PARAMS)
+    variant = next(iter(task.names(params)))
+    arguments = task.model_arguments(variant)
+    creation = task.creation({**arguments, "recipe": {"image_size": 224}})
+    num_classes = task.data.section(params).num_classes
+    model = load(task.create)(variant=arguments["variant"], num_classes=num_classes, **creation)
     assert task.parameters(params, variant) == count_parameters(model)
     assert task.forward_gmacs(variant, 224) == pytest.approx(count_macs(model, 224) / 1e9, rel=0.01)
 
@@ -67,6 +72,19 @@ def test_the_released_tier_needs_no_training_images(in_checkout: Path) -> None:
     rows = forecasts("scale=released")
     assert rows["convert_imagenet"].disk_bytes == pytest.approx(6.7e9)
     assert 0.5 < sum(row.rank_hours for row in rows.values()) < 2
+
+
+def test_ablations_and_longer_schedules_are_scaled_from_s12(in_checkout: Path) -> None:
+    rows = forecasts("scale=ablations")
+    hours = {name: rows[f"train_ablation@{name}-0"].rank_hours for name in ABLATIONS}
+    assert hours["identity"] == hours["pool9"] == pytest.approx(82, rel=0.01)
+    assert hours["ppaa"] == pytest.approx(82 * 2.56 / 1.81, rel=0.02)
+    longer = forecasts("scale=longer_training")
+    for epochs in (400, 500, 1000, 1500, 2000, 2500, 3000):
+        row = longer[f"train_longer@epochs_{epochs}-0"]
+        assert row.rank_hours == pytest.approx(82 * (epochs + 10) / 310, rel=0.01)
+        assert row.basis == "cost guide, RTX 3090, scaled from PoolFormer-S12"
+    assert "evaluate_released_ablation@pppa" in forecasts("scale=ablations_released")
 
 
 def test_the_command_prints_hours_cost_and_end(in_checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

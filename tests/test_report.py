@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline import paper
+from pipeline.catalogue import COMPARISONS
 from pipeline.config import VARIANT_NAMES
 from pipeline.report import print_tables, write_reports
 from pipeline.report.background import Background, Provenance, class_rows, pictures
@@ -168,16 +169,15 @@ def cells(folder: Path, name: str, kind: str) -> dict[str, list[str]]:
 
 def test_all_files_are_written_and_one_row_for_each_model(tmp_path: Path) -> None:
     report(tmp_path)
-    names = {f"{name}.{kind}" for name in ("table2_imagenet", "table4_ade20k") for kind in FORMATS}
-    names |= {
-        f"{name}.{kind}" for name in ("accuracy_macs", "accuracy_params", "miou_params") for kind in ("svg", "png")
-    }
+    names = {f"{comparison.name}.{kind}" for comparison in COMPARISONS for kind in FORMATS}
+    figures = [figure.name for comparison in COMPARISONS for figure in comparison.figures]
+    names |= {f"{name}.{kind}" for name in figures for kind in ("svg", "png")}
     assert {path.name for path in tmp_path.iterdir()} == names | {"index.html", "claims.csv", "paired_tests.csv"}
     contract = {"params_m", "paper", "released", "measured", "seeds", "difference", "verdict"}
-    for name in ("table2_imagenet", "table4_ade20k"):
-        table = csv(tmp_path, name)
-        assert list(table.index) == list(VARIANT_NAMES)
-        assert contract | ({"macs_g"} if name == "table2_imagenet" else set()) <= set(table.columns)
+    for comparison in COMPARISONS:
+        table = csv(tmp_path, comparison.name)
+        assert list(table.index) == list(comparison.names)
+        assert contract | (set() if comparison.name == "table4_ade20k" else {"macs_g"}) <= set(table.columns)
 
 
 def test_numbers_and_verdicts_of_table_2(tmp_path: Path) -> None:
@@ -360,8 +360,8 @@ def test_latex_is_balanced(tmp_path: Path) -> None:
         assert text.count("{") == text.count("}")
         for environment in ("table*", "tabular"):
             assert text.count(f"\\begin{{{environment}}}") == text.count(f"\\end{{{environment}}}") == 1
-        rows = re.findall(r"^(?:Model|PoolFormer-).*\\\\$", text, flags=re.MULTILINE)
-        assert len(rows) == 6
+        rows = re.findall(r"^[\w-].* & .*\\\\$", text, flags=re.MULTILINE)
+        assert len(rows) == 1 + {"table5_ablations": 18, "table7_longer_training": 8}.get(path.stem, 5)
         assert len({row.count("&") for row in rows}) == 1
         assert not re.search(r"(?<!\\)[%#_](?!.*usepackage)", "\n".join(rows))
         assert text.isascii()
@@ -382,7 +382,7 @@ def test_latex_compiles(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:]
-    assert "2 pages" in done.stdout
+    assert "4 pages" in done.stdout
 
 
 def test_five_hundred_runs_are_reported(tmp_path: Path) -> None:
@@ -497,7 +497,8 @@ def test_claims_are_judged_by_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_paired_tests_are_shown(tmp_path: Path) -> None:
-    row = {"table": "Table 2", "variant": "poolformer_s12", "seed": 0, "difference": 0.5, "low": -0.1, "high": 1.1}
+    row = {"table": "Table 2", "variant": "poolformer_s12", "seed": 0, "against": "released weights"}
+    row |= {"difference": 0.5, "low": -0.1, "high": 1.1}
     paired = pd.DataFrame([{**row, "p": 0.08, "only_here": 1250, "only_there": 1000}])
     report(tmp_path, paired=paired)
     assert pd.read_csv(tmp_path / "paired_tests.csv")["only_here"].tolist() == [1250]

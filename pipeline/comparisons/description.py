@@ -29,7 +29,7 @@ class Column:
 
     @property
     def is_text(self) -> bool:
-        return self.key in ("model", "verdict")
+        return self.key in ("model", "change", "verdict", "effect_verdict")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,22 @@ class Figure:
     y: tuple[str, str]
     """A quantity of the paper, and the axis' label."""
     caption: str
+    models: tuple[str, ...] = ()
+    """Names of the rows to show; empty: all."""
+    is_connected: bool = True
+    """Whether a line goes through the paper's points."""
+    is_named: bool = True
+    """Whether each point has its model's name beside it."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A row that is a training of another table, and that the others are changes of."""
+
+    name: str
+    """Of the row."""
+    task: Task
+    variant: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,8 @@ class Comparison:
     experiment: str
     """In MLflow."""
     task: Task
+    names: tuple[str, ...]
+    """Of its models, in the order of the rows; the paper may lack some."""
     measured: str
     """The metric that is held against the paper."""
     quantity: str
@@ -94,10 +112,12 @@ class Comparison:
     """Prefixes of parameters that no number of this table depends on."""
     fields_of_training: tuple[str, ...]
     """Prefixes of parameters that released weights do not depend on, beyond those."""
+    baseline: Baseline | None = None
+    """The row that the others are held against, too: what a change does is the difference to it."""
     remarks: Callable[[Row], list[str]] = lambda row: []
     """Sentences on a row's further numbers, for the notes; asked for where the images are the paper's."""
     paired: Callable[[pd.DataFrame, pd.DataFrame], Paired] | None = None
-    """A training's predictions against the released weights'; None: they are not compared."""
+    """A training's predictions against the released weights' and the baseline's; None: they are not compared."""
     figures: tuple[Figure, ...] = ()
     notes: tuple[str, ...] = field(default=())
 

@@ -10,6 +10,7 @@ from pipeline.paper import label, numbers, released_file
 from pipeline.paper.paired import compare_miou
 from pipeline.paper.verdict import MIOU
 from pipeline.tasks.segmentation.description import SEGMENTER
+from pipeline.variants import VARIANTS
 
 
 def _cells(row: Row, judged: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +55,7 @@ TABLE4 = Comparison(
     title="Table 4: ADE20K semantic segmentation with Semantic FPN",
     experiment="Table 4: ADE20K segmentation",
     task=SEGMENTER,
+    names=tuple(VARIANTS),
     measured="miou_aligned",
     quantity="miou",
     rule=MIOU,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import paths
+from pipeline.ablations import ABLATIONS
 from pipeline.errors import UserError
 from pipeline.launch.closure import Closure
 from pipeline.variants import VARIANTS
@@ -32,8 +33,9 @@ class Work:
     The code that it reaches is part of its identity. `inputs` are files whose contents the result depends on, with a
     manifest in place of each .beton. `after` is the work that this one starts from. `watching` are further arguments,
     for validation during training: they change no result and are not part of the fingerprint.
-    An argument `variant` stands for its entry of variants.yaml. `computed` gives values that follow from arguments and
-    inputs by a rule: also part of the identity, so that `why` names the peak learning rate and not only its rule.
+    An argument `variant` stands for its entry of variants.yaml, `ablation` for that of ablations.yaml. `computed` gives
+    values that follow from arguments and inputs by a rule: also part of the identity, so that `why` names the peak
+    learning rate and not only its rule.
     """
 
     stage: str
@@ -93,6 +95,8 @@ def identify(work: Work) -> Identity:
     arguments = dict(work.arguments)
     if "variant" in arguments:
         arguments["model"] = asdict(VARIANTS[arguments["variant"]])
+    if "ablation" in arguments:
+        arguments["change"] = asdict(ABLATIONS[arguments["ablation"]])
     arguments |= work.computed()
     return Identity(
         json.loads(json.dumps(arguments)),

@@ -24,7 +24,7 @@ def training(params: Params, task: Task, variant: str, seed: int) -> Work | None
         return None
     beton, recipe = task.data.beton(task.data.training), task.params(params).recipe_for(variant)
     arguments = {
-        "variant": variant,
+        **task.model_arguments(variant),
         "seed": seed,
         "recipe": recipe.model_dump(mode="json"),
         "num_classes": task.data.section(params).num_classes,
@@ -62,7 +62,7 @@ def evaluation(params: Params, task: Task, variant: str, seed: int) -> Work:
 
 def evaluation_of_released(params: Params, task: Task, variant: str, weights: Path) -> Work:
     """The evaluation of released weights."""
-    return _evaluation(params, task, variant, "evaluate_released", f"{variant}-{task.name}", weights)
+    return _evaluation(params, task, variant, task.released_stage, f"{variant}-{task.name}", weights)
 
 
 def on_test_set(params: Params, test_set: str, variant: str, name: str, weights: Path, stage: str) -> Work:
@@ -82,7 +82,7 @@ def _evaluation(
         name=name,
         call=task.evaluate,
         arguments={
-            "variant": variant,
+            **task.model_arguments(variant),
             **task.evaluation_arguments(params, variant),
             "num_classes": task.data.section(params).num_classes,
             "beton": str(beton),

@@ -53,8 +53,9 @@ def disagreements(table: str) -> pd.DataFrame:
 
 
 def label(variant: str) -> str:
-    """The paper's name of a variant: `poolformer_s12` -> `PoolFormer-S12`."""
-    return f"PoolFormer-{variant.removeprefix('poolformer_').upper()}"
+    """The paper's name of a variant: `poolformer_s12` -> `PoolFormer-S12`. Rows of Tables 5 and 7 keep theirs."""
+    short = variant.removeprefix("poolformer_")
+    return variant if short == variant else f"PoolFormer-{short.upper()}"
 
 
 def released_file(task: str, variant: str) -> str:
@@ -63,8 +64,10 @@ def released_file(task: str, variant: str) -> str:
     return str(files.loc[(files["task"] == task) & (files["model"] == label(variant)), "file"].item())
 
 
-def recipe_differences(task: str, variant: str, recipe: Mapping[str, Any]) -> list[str]:
-    """Fields of one section of the parameters that are not the paper's, as `<task>.<field>`, in the section's order.
+def recipe_differences(
+    task: str, variant: str, recipe: Mapping[str, Any], *, base: str = "", section: str = ""
+) -> list[str]:
+    """Fields of one section of the parameters that are not the paper's, as `<section>.<field>`, in the section's order.
 
     Where the paper and its code disagree (300 or 310 epochs) either value is the paper's. Fields that neither fixes
     (the floating-point format of the classifiers) are not compared.
@@ -74,12 +77,18 @@ def recipe_differences(task: str, variant: str, recipe: Mapping[str, Any]) -> li
             "evaluation.segmentation", "imagenet" or "ade20k" (what is measured, on what).
         variant: `poolformer_s12` and so on.
         recipe: field names and values of that section of `pipeline.config`'s parameters, for this variant.
+        base: the variant whose recipe holds where `variant` has none of its own.
+        section: as the fields are to be named; empty: `task`.
     """
     rows = _read("recipe")
-    rows = rows[(rows["task"] == task) & rows["model"].isin(("all", label(variant)))]
-    allowed = rows.groupby("field")["value"].agg(lambda values: [json.loads(value) for value in values])
+    allowed: dict[str, list[Any]] = {}
+    for model in ("all", *([label(base)] if base else []), label(variant)):
+        own = rows[(rows["task"] == task) & (rows["model"] == model)]
+        allowed |= {
+            str(field): [json.loads(value) for value in group] for field, group in own.groupby("field")["value"]
+        }
     return [
-        f"{task}.{field}"
+        f"{section or task}.{field}"
         for field, value in recipe.items()
         if field in allowed and not any(_same(value, paper) for paper in allowed[field])
     ]

@@ -180,6 +180,36 @@ def judge_retraining(
     return Verdict(status, mean, sd, seeds, tolerance, difference, detail, fields, sentence)
 
 
+def judge_effect(row: Verdict, baseline: Verdict, spread: Spread) -> Verdict:
+    """Judge what a change of the baseline does, the difference between two rows, against the same in the paper.
+
+    Four trainings are in it, or more: the variances of both rows' differences to the paper add up.
+
+    Args:
+        row: on the trainings with the change.
+        baseline: on those without it.
+        spread: of one training, pooled over the table.
+    """
+    effect = None if row.mean is None or baseline.mean is None else row.mean - baseline.mean
+    seeds = min(row.seeds, baseline.seeds)
+    if effect is None or row.difference is None or baseline.difference is None:
+        lacking = row if row.difference is None else baseline
+        return _unjudged(lacking.status, lacking.detail, lacking.sentence, (), effect, seeds=seeds)
+    tolerance = spread.quantile() * math.hypot(spread.standard_error(row.seeds), spread.standard_error(baseline.seeds))
+    difference = row.difference - baseline.difference
+    status: Status = "within" if abs(difference) <= tolerance + EPSILON else "outside"
+    detail = ""
+    if row.is_diverged or baseline.is_diverged:
+        status, detail = "inconclusive", "seeds differ too much"
+    elif status == "outside" and seeds == 1:
+        status, detail = "inconclusive", "one seed"
+    sentence = (
+        f"The change makes {effect:+.2f} points, {effect - difference:+.1f} in the paper "
+        f"({difference:+.2f}; tolerance {tolerance:.2f}): {status}" + (f", {detail}." if detail else ".")
+    )
+    return Verdict(status, effect, None, seeds, tolerance, difference, detail, (), sentence)
+
+
 @dataclass(frozen=True)
 class TableVerdict:
     """All judged rows together: the mean of measured minus paper, points, with its 95 % interval."""

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,7 +21,6 @@ from pipeline.tracking.about import About, git_commit
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
 from pipeline.train import history
-from pipeline.variants import VARIANTS
 
 CURVE_ROWS = 1000
 """Of a training's curve, at most: more than a figure shows."""
@@ -41,27 +41,30 @@ def measured(params: Params) -> dict[str, pd.DataFrame]:
     """By table, a row for each trained variant and seed: its metrics, and what its training took on GPUs."""
     found = {}
     for comparison in COMPARISONS:
-        task, rows = comparison.task, []
-        for variant, seed in [] if task.takes_released(params) else _runs(params, task):
-            metrics = json.loads(paths.metrics(task.evaluation_stage, f"{variant}-{seed}").read_text())
-            trained_on = _training_images(params, task, variant, seed)
-            further = _test_sets(params, task, "evaluate_test_set", f"{variant}-{seed}")
-            cost = _gpu_cost(task, variant, seed)
-            rows.append({"variant": variant, "seed": seed, **metrics, **further, **trained_on, **cost})
+        task, baseline = comparison.task, comparison.baseline
+        rows = [_measurement(params, task, *run) for run in _runs(params, task)]
+        if baseline is not None and (rows or task.released_names(params)):
+            own = [run for run in _runs(params, baseline.task) if run[0] == baseline.variant]
+            rows = [{**_measurement(params, baseline.task, *run), "variant": baseline.name} for run in own] + rows
         found[comparison.name] = pd.DataFrame(rows)
     return found
 
 
+def _measurement(params: Params, task: Task, variant: str, seed: int) -> dict[str, Any]:
+    metrics = json.loads(paths.metrics(task.evaluation_stage, f"{variant}-{seed}").read_text())
+    trained_on = _training_images(params, task, variant, seed)
+    further = _test_sets(params, task, "evaluate_test_set", f"{variant}-{seed}")
+    cost = _gpu_cost(task, variant, seed)
+    return {"variant": variant, "seed": seed, **metrics, **further, **trained_on, **cost}
+
+
 def released(params: Params) -> dict[str, pd.DataFrame]:
     """By table, a row for each variant whose released weights were asked for."""
-    results = {
-        variant: json.loads(paths.metrics("evaluate_released", variant).read_text())
-        for variant in params.released.variants
-    }
     found = {}
     for comparison in COMPARISONS:
         task, rows = comparison.task, []
-        for variant, result in results.items():
+        for variant in task.released_names(params):
+            result = json.loads(paths.metrics(task.released_stage, variant).read_text())
             further = _test_sets(params, task, "evaluate_released_test_set", variant)
             rows.append({"variant": variant, **result[task.name], **further})
         found[comparison.name] = pd.DataFrame(rows)
@@ -78,18 +81,29 @@ def _test_sets(params: Params, task: Task, stage: str, name: str) -> dict[str, f
 
 
 def paired(params: Params) -> pd.DataFrame:
-    """Each training whose variant has released weights, against these: table, variant, seed, fields of `Paired`."""
+    """Each training against the released weights of its variant, and against its table's baseline of the same seed.
+
+    Columns: table, variant, seed, against, fields of `Paired`.
+    """
     rows = []
     for comparison in COMPARISONS:
         task, compare = comparison.task, comparison.paired
-        if compare is None or task.takes_released(params):
+        if compare is None:
             continue
         for variant, seed in _runs(params, task):
-            there = paths.released_predictions(variant) / f"{task.name}.parquet"
-            if variant in params.released.variants and there.exists():
-                here = pd.read_parquet(paths.predictions(task.evaluation_stage, f"{variant}-{seed}"))
-                found = asdict(compare(here, pd.read_parquet(there)))
-                rows.append({"table": comparison.short_title, "variant": variant, "seed": seed, **found})
+            others: dict[str, Path] = {}
+            if variant in task.released_names(params):
+                others["released weights"] = (
+                    paths.released_predictions(task.released_stage, variant) / f"{task.name}.parquet"
+                )
+            if (baseline := comparison.baseline) and (baseline.variant, seed) in _runs(params, baseline.task):
+                others[baseline.name] = paths.predictions(baseline.task.evaluation_stage, f"{baseline.variant}-{seed}")
+            for against, there in others.items():
+                if there.exists():
+                    here = pd.read_parquet(paths.predictions(task.evaluation_stage, f"{variant}-{seed}"))
+                    found = asdict(compare(here, pd.read_parquet(there)))
+                    run = {"table": comparison.short_title, "variant": variant, "seed": seed, "against": against}
+                    rows.append(run | found)
     return pd.DataFrame(rows)
 
 
@@ -97,7 +111,7 @@ def curves(params: Params) -> pd.DataFrame:
     """Of every training and reference: variant, seed, task, step, metric (loss, ...), value, reference."""
     found = []
     for task in TASKS.values():
-        for variant, seed in _runs(params, task):
+        for variant, seed in _runs(params, task, with_released=True):
             curve = pd.read_csv(paths.curve(task.training_stage, variant, seed))
             tidy = curve.iloc[:: len(curve) // CURVE_ROWS + 1].melt(
                 id_vars=["step"], value_vars=["loss", "learning_rate"], var_name="metric"
@@ -113,17 +127,22 @@ def curves(params: Params) -> pd.DataFrame:
 def recipe_differences_of(params: Params) -> dict[str, list[str]]:
     """For each variant the fields of data, evaluation and recipes that are not the paper's."""
     differences: dict[str, list[str]] = {}
-    for variant in VARIANTS:
-        sections = {task.data.name: task.data.section(params).model_dump() for task in TASKS.values()}
-        for task in TASKS.values():
-            settings_used = task.evaluation_params(params).model_dump() | task.evaluation_arguments(params, variant)
-            sections[f"evaluation.{task.section}"] = settings_used
-        for task in TASKS.values():
-            if variant in task.variants(params):
-                sections[task.section] = task.params(params).recipe_for(variant).model_dump()
-        differences[variant] = [
-            field for section, values in sections.items() for field in recipe_differences(section, variant, values)
+    for variant in dict.fromkeys(name for task in TASKS.values() for name in task.names(params)):
+        tasks = [task for task in TASKS.values() if variant in task.names(params)]
+        fields = [
+            field
+            for task in tasks
+            for field in recipe_differences(task.data.name, variant, task.data.section(params).model_dump())
         ]
+        for task in tasks:
+            settings_used = task.evaluation_params(params).model_dump() | task.evaluation_arguments(params, variant)
+            section = f"evaluation.{task.evaluation_section or task.section}"
+            fields += recipe_differences(section, variant, settings_used, base=task.base)
+        for task in tasks:
+            if variant in task.variants(params):
+                recipe, papers = task.params(params).recipe_for(variant).model_dump(), task.paper_recipe or task.section
+                fields += recipe_differences(papers, variant, recipe, base=task.base, section=task.section)
+        differences[variant] = fields
     return differences
 
 
@@ -142,8 +161,10 @@ def _references(task: Task, variant: str) -> list[pd.DataFrame]:
     return found
 
 
-def _runs(params: Params, task: Task) -> list[tuple[str, int]]:
-    return [(variant, seed) for variant in task.variants(params) for seed in params.seeds]
+def _runs(params: Params, task: Task, *, with_released: bool = False) -> list[tuple[str, int]]:
+    """Variant and seed of each training; `with_released` also of those whose place released weights take."""
+    trained = with_released or not task.takes_released(params)
+    return [(variant, seed) for variant in task.variants(params) for seed in params.seeds] if trained else []
 
 
 def _training_images(params: Params, task: Task, variant: str, seed: int) -> dict[str, int]:
@@ -170,7 +191,8 @@ def _gpu_cost(task: Task, variant: str, seed: int) -> dict[str, float]:
 
 def _top1(task: Task, variant: str, seed: int, curve: pd.DataFrame) -> pd.DataFrame:
     """Top-1 of the validation passes, and at the end as evaluated; empty where there was no training."""
-    passes = pd.read_csv(paths.validation(variant, seed))[["step", "top1"]]
+    file = task.placed(task.training_outputs, f"{variant}-{seed}")["validation.csv"]
+    passes = pd.read_csv(file)[["step", "top1"]]
     if len(curve):
         metrics = json.loads(paths.metrics(task.evaluation_stage, f"{variant}-{seed}").read_text())
         passes.loc[len(passes)] = [curve["step"].iloc[-1], metrics["top1"]]

@@ -27,7 +27,6 @@ from pipeline.variants import VARIANTS
 INK, MUTED, GRID, PAPER, OURS, WEIGHTS = ("#1d2733", "#8a94a0", "#e3e7eb", "#5b7fa6", "#c2410c", "#0f766e")
 CSS_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "paper", OURS: "ours", WEIGHTS: "weights"}
 COLOURS = ("#0284c7", "#16a34a", "#d39e00", "#e0402f", "#9333ea", "#0f766e", "#be185d", "#4d7c0f")
-VARIANT_COLOURS = dict(zip(VARIANTS, itertools.cycle(COLOURS), strict=False))
 
 FAMILIES = {
     "RSB-ResNet": "s",
@@ -43,6 +42,7 @@ FAMILIES = {
 """Name's beginning and marker of the paper's competitors. ViT, at 18 and 64 G, would squeeze all others together."""
 
 CURVE_COLUMNS = 2
+LEGEND_COLUMNS = 7
 CURVE_POINTS, MIN_POINTS = 40_000, 30
 """In all lines together, and in one at least: an eye sees no more, and the page stays small."""
 
@@ -81,11 +81,13 @@ def against_property(comparison: Comparison, figure: PaperFigure, numbers: pd.Da
         reason: why the numbers cannot be compared; None where they can.
     """
     paper, comparable = wide(comparison.name), reason is None
+    shown = figure.models or comparison.names
+    numbers = numbers[numbers["model"].isin(figure.models)] if figure.models else numbers
 
     def draw(canvas: Figure) -> None:
         panels = canvas.subplots(1, 1 if comparable else 2, squeeze=False)[0]
-        _draw_paper(panels[0], paper, figure.x[0], figure.y[0])
-        _draw_ours(panels[-1], numbers, figure.x[1], names=not comparable)
+        _draw_paper(panels[0], paper, figure, [label(name) for name in shown if label(name) in paper.index])
+        _draw_ours(panels[-1], numbers, figure, names=not comparable and figure.is_named)
         if not comparable:
             _title(panels[0], "The paper", "for reference")
             _title(panels[1], "This run, not comparable", str(reason))
@@ -106,6 +108,9 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         curves: columns variant, seed, task, step, metric, value; optional reference: whether it is another's training.
     """
 
+    present = set(curves["variant"])
+    shown = [v for v in dict.fromkeys((*VARIANTS, *curves["variant"])) if v in present]
+    colours = dict(zip(dict.fromkeys((*VARIANTS, *shown)), itertools.cycle(COLOURS), strict=False))
     lines = curves.groupby(["task", "metric", "variant", "seed"]).ngroups
     points = max(MIN_POINTS, CURVE_POINTS // lines)
 
@@ -119,16 +124,15 @@ def training_curves(curves: pd.DataFrame) -> Figure:
                 width, alpha = (3.0, 0.3) if is_reference else (1.4, 0.85)
                 line = line.sort_values("step")
                 line = line.iloc[np.unique(np.linspace(0, len(line) - 1, points).round().astype(int))]
-                axes.plot(line["step"], line["value"], color=VARIANT_COLOURS[str(variant)], lw=width, alpha=alpha)
+                axes.plot(line["step"], line["value"], color=colours[str(variant)], lw=width, alpha=alpha)
             axes.set_title(f"{task}: {metric}".replace("_", " "))
             axes.set_xlabel("step")
         for axes in grid[len(panels) :]:
             axes.remove()
-        shown = [v for v in VARIANTS if v in set(curves["variant"])]
-        handles = [mpl.lines.Line2D([], [], color=VARIANT_COLOURS[v], label=label(v)) for v in shown]
+        handles = [mpl.lines.Line2D([], [], color=colours[v], label=label(v)) for v in shown]
         if "reference" in curves and curves["reference"].any():
             handles.append(mpl.lines.Line2D([], [], color=MUTED, lw=3.0, alpha=0.4, label="reference"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), LEGEND_COLUMNS))
 
     rows = -(-curves.groupby(["task", "metric"]).ngroups // CURVE_COLUMNS)
     return _figure(9.6, 3.0 * rows + 0.4, draw)
@@ -169,21 +173,26 @@ def _figure(width_in: float, height_in: float, draw: Callable[[Figure], None]) -
     return figure
 
 
-def _draw_paper(axes: Axes, paper: pd.DataFrame, x: str, y: str) -> None:
+def _draw_paper(axes: Axes, paper: pd.DataFrame, figure: PaperFigure, ours: list[str]) -> None:
+    x, y = figure.x[0], figure.y[0]
     for family, marker in FAMILIES.items():
         rows = paper[paper.index.str.startswith(f"{family}-")].sort_values(x)
         if len(rows):
             axes.plot(rows[x], rows[y], marker=marker, ms=5, lw=0.8, color=MUTED, alpha=0.75, label=family)
-    rows = paper.loc[[label(variant) for variant in VARIANTS if label(variant) in paper.index]]
-    axes.plot(rows[x], rows[y], marker="o", ms=7, lw=1.4, mfc="none", color=PAPER, label="PoolFormer, paper")
-    _name_points(axes, rows.index, rows[x], rows[y])
+    rows, line = paper.loc[ours], "-" if figure.is_connected else "none"
+    axes.plot(rows[x], rows[y], marker="o", ms=7, lw=1.4, ls=line, mfc="none", color=PAPER, label="PoolFormer, paper")
+    if figure.is_named:
+        _name_points(axes, figure, rows.index, rows[x], rows[y])
 
 
-def _name_points(axes: Axes, names: Iterable[str], x: Iterable[float], y: Iterable[float]) -> None:
+def _name_points(axes: Axes, figure: PaperFigure, names: Iterable[str], x: Iterable[float], y: Iterable[float]) -> None:
+    """Above each point, or beside it where the points stand above one another."""
+    above: Any = {"xytext": (0, 8), "ha": "center"}
+    beside: Any = {"xytext": (8, 0), "ha": "left", "va": "center"}
     for name, *point in zip(names, x, y, strict=True):
-        axes.annotate(
-            name[-3:].upper(), (point[0], point[1]), (0, 8), textcoords="offset points", ha="center", fontsize=9
-        )
+        text = label(name).removeprefix("PoolFormer-").replace("_", " ")
+        place = above if figure.is_connected else beside
+        axes.annotate(text, (point[0], point[1]), textcoords="offset points", fontsize=9, **place)
 
 
 def _title(axes: Axes, title: str, subtitle: str) -> None:
@@ -192,7 +201,8 @@ def _title(axes: Axes, title: str, subtitle: str) -> None:
     axes.annotate("\n".join(lines), (0, 1), (0, 7), "axes fraction", "offset points", fontsize=8.5, color=MUTED)
 
 
-def _draw_ours(axes: Axes, numbers: pd.DataFrame, own_x: str, names: bool) -> None:
+def _draw_ours(axes: Axes, numbers: pd.DataFrame, figure: PaperFigure, names: bool) -> None:
+    own_x = figure.x[1]
     for key, marker, colour, text in (
         ("released", "D", WEIGHTS, "released weights, measured here"),
         ("measured", "o", OURS, "trained here"),
@@ -207,4 +217,4 @@ def _draw_ours(axes: Axes, numbers: pd.DataFrame, own_x: str, names: bool) -> No
             sd = rows.loc[repeated, "sd"].astype(float)
             axes.errorbar(x[repeated], y[repeated], sd, fmt="none", ecolor=colour, capsize=3, zorder=4)
         if names:
-            _name_points(axes, rows["model"], x, y)
+            _name_points(axes, figure, rows["model"], x, y)

@@ -29,7 +29,7 @@ TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 
-PAIRED = ["table", "variant", "seed", *(field.name for field in fields(Paired))]
+PAIRED = ["table", "variant", "seed", "against", *(field.name for field in fields(Paired))]
 STATUSES = {
     "within": "✓",
     "outside": "✗",
@@ -72,7 +72,7 @@ def write_reports(
         settings: what a reader needs to repeat it (commit, seeds, machine, versions), in the order to be shown.
         curves: variant, seed, task, step, metric, value.
         background: what the page tells beside the tables.
-        paired: table, variant, seed and the fields of `pipeline.paper.paired.Paired`.
+        paired: table, variant, seed, against (what) and the fields of `pipeline.paper.paired.Paired`.
     """
     background = background or Background()
     shared = Circumstances(comparable, reason, recipe_differences)
@@ -127,6 +127,8 @@ def print_tables(folder: Path, console: Console) -> None:
     """Print the essence of a written report's tables, narrow enough for 80 characters."""
     for comparison in COMPARISONS:
         numbers = pd.read_csv(folder / f"{comparison.name}.csv")
+        if not (numbers["seeds"].any() or numbers["released_verdict"].notna().any()):
+            continue  # nothing of it is part of this run
         columns = [column for column in comparison.columns if column.terminal]
         remarks = "\n".join(dict.fromkeys(verdict for verdict in numbers["verdict"] if ":" in verdict))
         grid = RichTable(title=f"{comparison.title} ({comparison.metric_label})", title_justify="left", box=SIMPLE_HEAD)

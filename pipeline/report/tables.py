@@ -12,6 +12,7 @@ from pipeline.paper import (
     TableVerdict,
     Verdict,
     disagreements,
+    judge_effect,
     judge_released,
     judge_retraining,
     judge_table,
@@ -21,7 +22,6 @@ from pipeline.paper import (
 )
 from pipeline.paper.spread import Spread, with_own
 from pipeline.paper.verdict import RELEASED, not_told_apart
-from pipeline.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Table:
     """By variant, on the training, or on the released weights where nothing was trained."""
     released: dict[str, Verdict]
     """By variant, on the released weights; empty where none were asked for."""
+    effects: dict[str, Verdict]
+    """By variant, on the difference to the baseline; empty for a table without one."""
     whole: TableVerdict | None
     """On all rows together; None where fewer than two could be judged."""
     findings: tuple[str, ...]
@@ -58,6 +60,11 @@ class Table:
     context: pd.DataFrame
     """The other rows of the paper's table, as printed."""
 
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether a training or a released file of this table is part of the run."""
+        return bool(self.released) or any(verdict.seeds for verdict in self.verdicts.values())
+
 
 def build(comparison: Comparison, runs: pd.DataFrame, released: pd.DataFrame, shared: Circumstances) -> Table:
     """One table. `runs` has a row for each (variant, seed), `released` one for each variant; see `write_reports`.
@@ -65,10 +72,12 @@ def build(comparison: Comparison, runs: pd.DataFrame, released: pd.DataFrame, sh
     Numbers have six decimals: finer than one image in 50,000, free of the last bits' noise.
     """
     rows, verdicts, judged_files = [], dict[str, Verdict](), dict[str, Verdict]()
+    effects, before = dict[str, Verdict](), dict[str, tuple[Verdict, dict[str, float]]]()
+    baseline = comparison.baseline.name if comparison.baseline is not None else ""
     further: list[str] = []
     printed = wide(comparison.name)
     spread = _spread(comparison, runs)
-    for variant in _variants(printed, runs, released):
+    for variant in _variants(comparison, printed, runs, released):
         paper = numbers(comparison.name, label(variant))
         row = Row(variant, _of(runs, variant), _released_row(released, variant), paper)
         trained, weights = _verdicts(comparison, row, shared, spread)
@@ -91,6 +100,11 @@ def build(comparison: Comparison, runs: pd.DataFrame, released: pd.DataFrame, sh
             "tolerance": trained.tolerance,
             "verdict": verdicts[variant].label,
         }
+        if variant == baseline:
+            before[baseline] = trained, paper
+        elif baseline in before:
+            effects[variant], cells = _effect(comparison, trained, paper, *before[baseline], spread)
+            judged |= cells
         rows.append({"model": variant, **comparison.all_cells(row, judged)})
     trainings = [verdict for verdict in verdicts.values() if verdict.detail != RELEASED]
     whole = judge_table(trainings, spread)
@@ -101,18 +115,40 @@ def build(comparison: Comparison, runs: pd.DataFrame, released: pd.DataFrame, sh
         pd.DataFrame(rows).round(6),
         verdicts,
         judged_files,
+        effects,
         whole,
         findings,
         (*findings, *_remarks(verdicts, judged_files, shared), *further, *comparison.notes, *disagree),
-        printed.drop(index=[label(variant) for variant in VARIANTS if label(variant) in printed.index]),
+        printed.drop(index=[label(name) for name in comparison.names if label(name) in printed.index]),
     )
 
 
-def _variants(printed: pd.DataFrame, runs: pd.DataFrame, released: pd.DataFrame) -> list[str]:
+def _variants(comparison: Comparison, printed: pd.DataFrame, runs: pd.DataFrame, released: pd.DataFrame) -> list[str]:
     """The paper's models, measured or not, then those measured that the paper lacks."""
-    measured = {str(variant) for frame in (runs, released) if len(frame) for variant in frame["variant"]}
-    papers = [variant for variant in VARIANTS if label(variant) in printed.index]
-    return papers + [variant for variant in VARIANTS if variant in measured and variant not in papers]
+    measured = {str(variant): None for frame in (runs, released) if len(frame) for variant in frame["variant"]}
+    papers = [name for name in comparison.names if label(name) in printed.index]
+    order = dict.fromkeys((*comparison.names, *measured))
+    return papers + [name for name in order if name in measured and name not in papers]
+
+
+def _effect(
+    comparison: Comparison,
+    trained: Verdict,
+    paper: Mapping[str, float],
+    baseline: Verdict,
+    papers_baseline: Mapping[str, float],
+    spread: Spread,
+) -> tuple[Verdict, dict[str, Any]]:
+    """The verdict on a row's difference to the baseline, and its cells."""
+    verdict, key = judge_effect(trained, baseline, spread), comparison.quantity
+    printed = paper[key] - papers_baseline[key] if key in paper and key in papers_baseline else None
+    return verdict, {
+        "paper_effect": printed,
+        "effect": verdict.mean,
+        "effect_difference": verdict.difference,
+        "effect_tolerance": verdict.tolerance,
+        "effect_verdict": verdict.label if verdict.tolerance is not None else None,
+    }
 
 
 def _spread(comparison: Comparison, runs: pd.DataFrame) -> Spread:
@@ -189,7 +225,7 @@ def _findings(
         f"{spread.sd:.2f} points, is pooled over {spread.source} ({spread.dof:.0f} degrees of freedom). With {count} a "
         f"model that is {spread.smallest_shortfall(seeds):.1f} points short is found with a probability of 80 %."
     )
-    ours = {label(variant) for variant in VARIANTS}
+    ours = {label(name) for name in comparison.names}
     published = {str(model): float(value) for model, value in printed[comparison.quantity].items() if model in ours}
     findings += [
         f"With {count} the tolerance of {tolerance:.2f} points does not tell apart {', '.join(group)}."

@@ -7,7 +7,7 @@ Writes  data/code/{stage}.json
 import json
 
 from pipeline import paths
-from pipeline.catalogue import DATA_SETS, TASKS
+from pipeline.catalogue import DATA_SETS, RELEASED_STAGES, TASKS
 from pipeline.launch.closure import Closure
 from pipeline.launch.fingerprint import CODE_ROOT, JOIN
 from pipeline.tasks.classification.description import CLASSIFIER
@@ -17,7 +17,7 @@ CALLS = {
     **{f"convert_{data.name}": data.convert_code for data in DATA_SETS.values()},
     **{task.training_stage: (task.train, JOIN) for task in TASKS.values()},
     **{task.evaluation_stage: (task.evaluate, JOIN) for task in TASKS.values()},
-    "evaluate_released": (*(task.evaluate for task in TASKS.values()), JOIN),
+    **{stage: (*(task.evaluate for task in tasks), JOIN) for stage, tasks in RELEASED_STAGES.items()},
     "convert_test_set": ("pipeline.tasks.classification.test_sets:convert",),
     "evaluate_test_set": (CLASSIFIER.evaluate, JOIN),
     "evaluate_released_test_set": (CLASSIFIER.evaluate, JOIN),

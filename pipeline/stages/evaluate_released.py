@@ -1,7 +1,7 @@
-"""Evaluate one variant's released weights, for every task; a file that is not there is listed as missing.
+"""Evaluate released weights of one variant as jobs; files that are not there are listed as missing.
 
 Reads   released.folder, data/beton/<data set>/<evaluation split>.beton
-Writes  results/evaluate_released/{variant}.json, predictions/evaluate_released/{variant}/
+Writes  results/<stage>/{variant}.json, predictions/<stage>/{variant}/<task>.parquet
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import paths
-from pipeline.catalogue import TASKS
+from pipeline.catalogue import RELEASED_STAGES
 from pipeline.config import Params
 from pipeline.launch.jobs import run_job
 from pipeline.launch.works import evaluation_of_released
@@ -19,13 +19,13 @@ from pipeline.tasks.description import load
 log = logging.getLogger(__name__)
 
 
-def run(params: Params, variant: str) -> None:
+def run(params: Params, stage: str, variant: str) -> None:
     from pipeline.models.released_weights import find_released
 
-    folder, predictions = Path(params.released.folder), paths.released_predictions(variant)
+    folder, predictions = Path(params.released.folder), paths.released_predictions(stage, variant)
     predictions.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {}
-    for task in TASKS.values():
+    for task in RELEASED_STAGES[stage]:
         names = load(task.released)
         file = find_released(folder, names).get(variant)
         if file is None:
@@ -37,5 +37,5 @@ def run(params: Params, variant: str) -> None:
         run_job(work, {"predictions.parquet": predictions / f"{task.name}.parquet"})
         metrics = json.loads((paths.run(work.stage, work.name) / "out/metrics.json").read_text())
         result[task.name] = {"status": "measured", "file": file.name, **metrics}
-    with paths.written_atomically(paths.metrics("evaluate_released", variant)) as temporary:
+    with paths.written_atomically(paths.metrics(stage, variant)) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")

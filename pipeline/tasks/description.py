@@ -3,7 +3,7 @@
 A description imports neither torch nor timm. Functions that do are named as "module:function".
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline import paths
 from pipeline.config import Params
+from pipeline.errors import find
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ class Task:
 
     name: str
     section: str
-    """Of params.yaml (variants to train, recipe), and of params.yaml's `evaluation`."""
+    """Of params.yaml: variants to train, recipe."""
     data: DataSet
+    names: Callable[[Params], Collection[str]]
+    """What it may train: the variants, or the rows of a table that changes one of them."""
     train: str
     """(world, run folder, profile, variant, seed, recipe, num_classes, beton, ...): see `tasks.training.run_recipe`."""
     evaluate: str
@@ -84,7 +87,7 @@ class Task:
     For released weights also `out/predictions.parquet`, which a comparison's paired test reads.
     """
     create: str
-    """(variant, num_classes): a model whose `state_dict()` is that of the weights."""
+    """(variant, num_classes, ...): a model whose `state_dict()` is that of the weights."""
     released: str
     """File name of each variant's released weights."""
     metrics: tuple[Metric, ...]
@@ -96,13 +99,30 @@ class Task:
     """The same for one image of the evaluation, all its passes together."""
     parameters: Callable[[Params, str], int]
     """Of a variant's model."""
+    base: str = ""
+    """The variant that every model is, but for the change that its name stands for; empty: the name is a variant.
+
+    Recipe and speed are the base's where nothing else is known.
+    """
+    model_arguments: Callable[[str], dict[str, Any]] = lambda name: {"variant": name}
+    """What `train` and `evaluate` are given to make the model."""
+    creation: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda train: {}
+    """Arguments of `create` beyond variant and num_classes, given those of `train`."""
+    evaluation_section: str = ""
+    """Of params.yaml's `evaluation`; empty: `section`."""
+    paper_recipe: str = ""
+    """The section that the paper's recipe has in pipeline/paper/recipe.csv; empty: `section`."""
+    released_stage: str = "evaluate_released"
+    """Where released weights are evaluated: tasks with the same variants share one. Empty: there are none."""
+    released_names: Callable[[Params], list[str]] = lambda params: params.released.variants
+    """Those whose released weights are evaluated."""
     starts_from: "Task | None" = None
     """The task whose weights a training starts from, of the same variant and seed."""
     takes_released: Callable[[Params], bool] = lambda params: False
     """Whether the authors' weights take the place of a training."""
     watching: Callable[[Params, str], dict[str, Any]] = lambda params, variant: {}
     """Arguments of `train` that change no result."""
-    accumulates: bool = True
+    accumulates: Callable[[str], bool] = lambda name: True
     """Whether a share of the global batch may be computed in micro-batches: not with batch norm."""
     has_test_sets: bool = False
     """Whether its models are measured on params.yaml's `test_sets`, too."""
@@ -130,12 +150,16 @@ class Task:
         return getattr(params, self.section)
 
     def evaluation_params(self, params: Params) -> Any:
-        return getattr(params.evaluation, self.section)
+        return getattr(params.evaluation, self.evaluation_section or self.section)
 
     def variants(self, params: Params) -> list[str]:
         """Those that are trained, or whose trained weights are measured."""
         trained: list[str] = self.params(params).train
         return trained
+
+    def check(self, params: Params, name: str) -> str:
+        """Return `name`, or raise UserError naming the valid ones."""
+        return find("variant", name, {valid: valid for valid in self.names(params)})
 
 
 def load(reference: str) -> Any:

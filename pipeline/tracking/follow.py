@@ -36,6 +36,7 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
     folder = paths.run(work.stage, work.name)
     server = Server()
     mirror = mirror_of(server, folder)
+    variant = work.name.rpartition("-")[0]
     shown = {"at": 0.0, "step": -1, "others_at": time.monotonic()}
     said = set[str]()
 
@@ -48,7 +49,7 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
         if records and records[-1]["step"] != shown["step"]:
             log.info("%s: %s", work.name, history.progress_line(records[-1]))
             shown["step"] = records[-1]["step"]
-            left = reference.verdict(work.arguments["variant"], records, history.read(folder / "validation.jsonl"))
+            left = reference.verdict(variant, records, history.read(folder / "validation.jsonl"))
             if left and left not in said:
                 log.warning("%s has left its reference: %s", work.name, left)
                 said.add(left)
@@ -99,7 +100,7 @@ def _describe(params: Params, task: Task, work: Work) -> bool:
 
 
 def _about(params: Params, task: Task, work: Work) -> About:
-    variant, seed = work.arguments["variant"], work.arguments["seed"]
+    variant, _, seed = work.name.rpartition("-")
     data = task.data.section(params)
     config = {
         "scale": params.scale,
@@ -111,7 +112,7 @@ def _about(params: Params, task: Task, work: Work) -> About:
     }
     if task.starts_from is not None:
         config["backbone"] = task.starts_from.params(params).recipe_for(variant).model_dump(mode="json")
-    tags = {"kind": task.name, "model": label(variant), "variant": variant, "seed": str(seed)}
+    tags = {"kind": task.name, "model": label(variant), "variant": variant, "seed": seed}
     tags |= provenance(f"dvc repro {work.stage}@{work.name}")
     datasets = [dataset(f"{task.data.name} training", data.root, work.inputs[0], "training")]
     return About(task.name, params.scale, f"{label(variant)} · seed {seed}", flat(config), tags, datasets)

@@ -27,11 +27,14 @@ def log_comparisons(params: Params, trained: Mapping[str, pd.DataFrame], release
     """
     for comparison in COMPARISONS:
         name, task = comparison.name, comparison.task
+        if trained[name].empty and released[name].empty:
+            continue
         table = pd.read_csv(paths.REPORTS / f"{name}.csv")
         cells = {str(row["model"]): row for _, row in table.iterrows()}
         rows = [
             _seed_row(params, task, cells[run["variant"]], run, comparison.measured)
             for _, run in trained[name].iterrows()
+            if comparison.baseline is None or run["variant"] != comparison.baseline.name  # that is another table's run
         ]
         rows += [_released_row(params, task, cells[file["variant"]], file) for _, file in released[name].iterrows()]
         files = [paths.REPORTS / f"{name}.{suffix}" for suffix in ("csv", "md", "html", "tex")]
@@ -60,10 +63,10 @@ def _seed_row(
 
 def _released_row(params: Params, task: Task, cells: "pd.Series[Any]", file: "pd.Series[Any]") -> Row | None:
     variant = str(file["variant"])
-    folder = paths.run("evaluate_released", f"{variant}-{task.name}")
+    folder = paths.run(task.released_stage, f"{variant}-{task.name}")
     if file["status"] != "measured" or not (folder / "done").exists():
         return None
-    command = f"dvc repro evaluate_released@{variant}"
+    command = f"dvc repro {task.released_stage}@{variant}"
     about = About.read(folder)
     if about is None:
         tags = {"kind": task.name, "model": label(variant), "variant": variant, "weights": str(file["file"])}

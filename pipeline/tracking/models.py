@@ -20,7 +20,7 @@ from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.server import Server
 
 EXAMPLE_PX = 64
-"""The models take any multiple of 32, and an example is kept as text."""
+"""Most models take any multiple of 32, and an example is kept as text."""
 
 
 def registered_name(task: str, variant: str, scale: str) -> str:
@@ -54,15 +54,18 @@ def _log(client: Any, run_id: str, about: About, weights: Path) -> str:
     call = json.loads((weights.parent.parent / "work.json").read_text())["arguments"]
     task = find_task(about.kind)
     with torch.device("meta"):  # no random weights for those of the file to replace
-        model = load(task.create)(call["variant"], call["num_classes"]).eval()
+        model = load(task.create)(
+            variant=call["variant"], num_classes=call["num_classes"], **task.creation(call)
+        ).eval()
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"], assign=True)
 
-    classes = call["num_classes"]
+    classes, example_px = call["num_classes"], getattr(model, "expects", None) or EXAMPLE_PX
     output = (-1, classes, -1, -1) if task.is_dense else (-1, classes)
     single = np.dtype("float32")
     signature = ModelSignature(
         Schema([TensorSpec(single, (-1, 3, -1, -1), "images")]), Schema([TensorSpec(single, output, "logits")])
     )
+    name = registered_name(about.kind, about.tags["variant"], about.scale)
     before = client.get_run(run_id).info
     with _quietly(), mlflow.start_run(run_id=run_id):
         logged = mlflow.pytorch.log_model(
@@ -70,15 +73,14 @@ def _log(client: Any, run_id: str, about: About, weights: Path) -> str:
             name="model",
             signature=signature,
             input_example={
-                "images": np.zeros((1, 3, EXAMPLE_PX, EXAMPLE_PX), single)
+                "images": np.zeros((1, 3, example_px, example_px), single)
             },  # an image of ImageNet's mean colour
             pip_requirements=[f"torch=={torch.__version__}", "timm"],
             serialization_format="pickle",
-            registered_model_name=registered_name(about.kind, call["variant"], about.scale),
+            registered_model_name=name,
         )
     client.set_terminated(run_id, before.status, before.end_time)  # logging is no part of the training's time
     version = str(logged.registered_model_version)
-    name = registered_name(about.kind, call["variant"], about.scale)
     client.set_model_version_tag(name, version, "seed", about.tags["seed"])
     client.update_model_version(name, version, f"{about.name}, `{about.tags['command']}`")
     return version

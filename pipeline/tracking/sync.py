@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import paths
-from pipeline.catalogue import TASKS
+from pipeline.catalogue import RELEASED_STAGES, TASKS
 from pipeline.launch import record
 from pipeline.launch.submission import state
 from pipeline.tracking import reference
@@ -66,7 +66,7 @@ def status(folder: Path) -> RunStatus:
 
 def _runs(server: Server) -> Iterator[tuple[Path, Mirror]]:
     comparisons: dict[Path, ComparisonMirror] = {}
-    for stage in (*(task.training_stage for task in TASKS.values()), "evaluate_released", reference.STAGE):
+    for stage in (*(task.training_stage for task in TASKS.values()), *RELEASED_STAGES, reference.STAGE):
         for folder in _folders(stage):
             yield folder, mirror_of(server, folder, comparisons)
 

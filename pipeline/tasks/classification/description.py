@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config import ImageNetData, Params
 from pipeline.errors import UserError
 from pipeline.tasks.description import DataSet, Metric, Split, Task
-from pipeline.variants import find_variant, macs, parameters
+from pipeline.variants import VARIANTS, find_variant, macs, parameters
 
 COMPACT_SHARE = 0.4
 """Size of a compact .beton beside the original one, roughly."""
@@ -30,7 +30,8 @@ def evaluation_arguments(params: Params, variant: str) -> dict[str, Any]:
     }
 
 
-def _validation(params: Params, variant: str) -> dict[str, Any]:
+def validation(params: Params, variant: str) -> dict[str, Any]:
+    """Of the validation passes, which change no weight."""
     beton = str(IMAGENET.beton(IMAGENET.evaluation))
     return {"validation": {"beton": beton, **evaluation_arguments(params, variant)}}
 
@@ -59,6 +60,7 @@ CLASSIFIER = Task(
     name="classifier",
     section="classification",
     data=IMAGENET,
+    names=lambda params: tuple(VARIANTS),
     train="pipeline.tasks.classification.training:train",
     evaluate="pipeline.tasks.classification.evaluation:evaluate",
     create="pipeline.models.poolformer:create_classifier",
@@ -75,7 +77,7 @@ CLASSIFIER = Task(
     evaluation_gmacs=_evaluation_gmacs,
     parameters=lambda params, variant: parameters(find_variant(variant), params.imagenet.num_classes),
     takes_released=lambda params: params.classification.weights == "released",
-    watching=_validation,
+    watching=validation,
     has_test_sets=True,
     training_outputs={"validation.csv": "results/train_classifier/{name}.validation.csv"},
     evaluation_outputs={"predictions.parquet": "predictions/evaluate_classifier/{name}.parquet"},

@@ -5,7 +5,7 @@ from typing import Any
 from pipeline.config import Params
 from pipeline.tasks.classification.description import CLASSIFIER
 from pipeline.tasks.description import DataSet, Metric, Split, Task
-from pipeline.variants import find_variant, macs, parameters
+from pipeline.variants import VARIANTS, find_variant, macs, parameters
 
 NECK, HEAD, CLASSES = 256, 128, 150
 """Channels of pyramid and head (pipeline.models.semantic_fpn), and ADE20K's classes."""
@@ -62,6 +62,7 @@ SEGMENTER = Task(
     name="segmenter",
     section="segmentation",
     data=ADE20K,
+    names=lambda params: tuple(VARIANTS),
     train="pipeline.tasks.segmentation.training:train",
     evaluate="pipeline.tasks.segmentation.evaluation:evaluate",
     create="pipeline.models.semantic_fpn:create_segmenter",
@@ -79,7 +80,7 @@ SEGMENTER = Task(
     evaluation_gmacs=_evaluation_gmacs,
     parameters=_parameters,
     starts_from=CLASSIFIER,
-    accumulates=False,
+    accumulates=lambda name: False,
     is_dense=True,
     evaluation_outputs={
         "iou.csv": "results/evaluate_segmenter/{name}.iou.csv",
