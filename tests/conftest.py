@@ -40,7 +40,10 @@ DEMO = (
     "evaluation.classification.precision=fp32",
     "evaluation.segmentation.precision=fp32",
 )
-"""The demo, shortened to one variant, one ablation and a few steps, in float32 so that one process and two ranks can be compared."""
+"""The demo, shortened to one variant, one ablation and a few steps.
+
+In float32, so that one process and two ranks can be compared.
+"""
 
 
 def _group(test: str) -> str:

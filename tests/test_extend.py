@@ -13,6 +13,7 @@ PAGE = ROOT / "docs/extend.md"
 STEP = re.compile(r"(Append to|Write|In) `([^`]+)`(?:, (after|replace) `([^`]+)`)?:\n\n```\w+\n(.*?)```", re.DOTALL)
 SMALL = (
     "scale=tiny",
+    "ablation=layer_norm_relu",
     "classification.recipe.max_steps=4",
     "classification.recipe.precision=fp32",
     "segmentation.recipe.max_steps=2",
@@ -66,6 +67,14 @@ def test_a_variant_that_the_paper_lacks_is_in_every_table(extended: Checkout) ->
     assert len(table) == 1  # the paper has none of this table's
     assert "PoolFormer-T6" in (extended.folder / "reports/index.html").read_text()
     assert "train_parity@poolformer_t6-0" in extended.pipeline("plan").stdout
+
+
+@pytest.mark.slow
+def test_an_ablation_that_the_paper_lacks_is_in_table_5(extended: Checkout) -> None:
+    table = pd.read_csv(extended.folder / "reports/table5_ablations.csv").set_index("model")
+    assert table.loc["layer_norm_relu", ["seeds", "verdict"]].tolist() == [1, "not in the paper"]
+    assert 0 <= table.loc["layer_norm_relu", "measured"] <= 100
+    assert table.loc["baseline", "verdict"] == "missing"  # this experiment does not train S12
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_an_unknown_row_is_named(in_checkout: Path) -> None:
         compose(["scale=ablations", "ablations.train=[identiy]"])
     with pytest.raises(UserError, match=r"longer_training\.train.*did you mean epochs_500\?"):
         compose(["scale=longer_training", "longer_training.train=[epochs_450]"])
-    with pytest.raises(UserError, match=r"did you mean pool5\?"):
+    with pytest.raises(UserError, match=r"did you mean pool9\?"):
         TASKS["ablation"].check(load_params(paths.PARAMS), "pool4")
 
 

@@ -43,6 +43,8 @@ FAMILIES = {
 
 CURVE_COLUMNS = 2
 LEGEND_COLUMNS = 7
+LEFTMOST = 1.03
+"""Points up to so many times the least x have their names on the left."""
 CURVE_POINTS, MIN_POINTS = 40_000, 30
 """In all lines together, and in one at least: an eye sees no more, and the page stays small."""
 
@@ -94,7 +96,7 @@ def against_property(comparison: Comparison, figure: PaperFigure, numbers: pd.Da
         for axes in panels:
             axes.set_xlabel(figure.x[2])
             axes.set_ylabel(figure.y[1])
-            axes.margins(0.08)
+            axes.margins(0.08 if figure.is_connected else 0.34, 0.08)
             if axes.has_data():
                 axes.legend(loc="lower right")
 
@@ -186,12 +188,15 @@ def _draw_paper(axes: Axes, paper: pd.DataFrame, figure: PaperFigure, ours: list
 
 
 def _name_points(axes: Axes, figure: PaperFigure, names: Iterable[str], x: Iterable[float], y: Iterable[float]) -> None:
-    """Above each point, or beside it where the points stand above one another."""
+    """Above each point; where points stand above one another beside it, on the left of the leftmost ones."""
     above: Any = {"xytext": (0, 8), "ha": "center"}
-    beside: Any = {"xytext": (8, 0), "ha": "left", "va": "center"}
-    for name, *point in zip(names, x, y, strict=True):
+    left: Any = {"xytext": (-8, 0), "ha": "right", "va": "center"}
+    right: Any = {"xytext": (12, 0), "ha": "left", "va": "center"}
+    points = list(zip(names, x, y, strict=True))
+    leftmost = min((point[1] for point in points), default=0.0) * LEFTMOST
+    for name, *point in points:
         text = label(name).removeprefix("PoolFormer-").replace("_", " ")
-        place = above if figure.is_connected else beside
+        place = above if figure.is_connected else left if point[0] <= leftmost else right
         axes.annotate(text, (point[0], point[1]), textcoords="offset points", fontsize=9, **place)
 
 

@@ -1,1 +1,1 @@
-"""The two tasks: each binds data, model, loss and metric for the engine, and runs inside a job."""
+"""The tasks: each binds data, model, loss and metric for the engine, and runs inside a job."""
