@@ -27,6 +27,7 @@ from pipeline.report.formats import NOTHING
 EMPTY = pd.DataFrame()
 REASON = "these images are handwritten digits, not ImageNet-1K and ADE20K"
 FORMATS = ("csv", "md", "html", "tex")
+SECTIONS = {"table2_imagenet": "classification", "table4_ade20k": "segmentation", "table5_ablations": "ablations"}
 
 
 def classifier_runs(seeds: dict[str, list[float]]) -> pd.DataFrame:
@@ -38,13 +39,18 @@ def classifier_runs(seeds: dict[str, list[float]]) -> pd.DataFrame:
             "top5": 95.5,
             "loss": 0.9,
             "images": 50_000,
-            "parameters": paper.numbers("variants", paper.label(variant))["parameters"],
-            "macs_g": paper.numbers("variants", paper.label(variant))["macs"],
+            "parameters": paper.numbers("variants", _base(variant))["parameters"],
+            "macs_g": paper.numbers("variants", _base(variant))["macs"],
             "train_images_per_s": 1000.0,
         }
         for variant, values in seeds.items()
         for seed, top1 in enumerate(values)
     )
+
+
+def _base(variant: str) -> str:
+    """The model that a row of Table 5 is a change of."""
+    return paper.label(variant if variant in VARIANT_NAMES else "poolformer_s12")
 
 
 def segmenter_runs(seeds: dict[str, list[float]]) -> pd.DataFrame:
@@ -77,6 +83,8 @@ def report(folder: Path, **changes: Any) -> Path:
             }
         ),
         "segmentation": segmenter_runs({"poolformer_s12": [36.5, 36.9], "poolformer_s24": [40.1]}),
+        "ablations": EMPTY,
+        "released_ablations": EMPTY,
         "released_classification": EMPTY,
         "released_segmentation": EMPTY,
         "comparable": True,
@@ -87,8 +95,7 @@ def report(folder: Path, **changes: Any) -> Path:
     arguments |= changes
     for name in ("", "released_"):
         arguments[name.strip("_") or "runs"] = {
-            table: arguments.pop(f"{name}{section}")
-            for table, section in (("table2_imagenet", "classification"), ("table4_ade20k", "segmentation"))
+            table: arguments.pop(f"{name}{section}") for table, section in SECTIONS.items()
         }
     write_reports(folder, **arguments)
     return folder
@@ -157,13 +164,15 @@ def cells(folder: Path, name: str, kind: str) -> dict[str, list[str]]:
     elif kind == "md":
         rows = [line.strip("|").split("|") for line in (folder / f"{name}.md").read_text().splitlines()]
     else:
-        text = (folder / f"{name}.tex").read_text().replace(r"$\pm$", "±").replace("--", NOTHING)
+        text = (folder / f"{name}.tex").read_text().replace(r"$\pm$", "±").replace("--", NOTHING).replace(r"\_", "_")
         rows = [line.removesuffix(r"\\").split("&") for line in text.splitlines()]
     number = re.compile(r"[+±-]?\d+(?:\.\d+)?(?: ± \d+\.\d+)?|" + NOTHING)
+    (comparison,) = [each for each in COMPARISONS if each.name == name]
+    models = {paper.label(model) for model in comparison.names}
     return {
         row[0].strip(): [cell.strip() for cell in row[1:] if number.fullmatch(cell.strip())]
         for row in rows
-        if row[0].strip().startswith("PoolFormer-")
+        if row[0].strip() in models
     }
 
 

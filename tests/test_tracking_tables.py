@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
-from test_report import TableReader, cells, classifier_runs, report, segmenter_runs
+from test_report import SECTIONS, TableReader, cells, classifier_runs, report, segmenter_runs
 from test_tracking import client, empty_database, runs  # noqa: F401 (fixtures)
 from tracking_server import finish, history_of, run_folder
 
@@ -29,6 +29,7 @@ from pipeline.tracking.sync import mirror_of, sync
 pytestmark = pytest.mark.slow
 
 EMPTY = pd.DataFrame()
+NOTHING_OF_ANY = {comparison.name: EMPTY for comparison in COMPARISONS}
 SEEDS = {
     "poolformer_s12": [77.1, 77.2, 77.36],
     "poolformer_s24": [79.0],
@@ -43,15 +44,16 @@ def params(**changes: Any) -> Params:
     return Params.model_validate_json(json.dumps({**values, "scale": "paper", "comparable": True, **changes}))
 
 
-def compare(classification: pd.DataFrame, segmentation: pd.DataFrame = EMPTY) -> None:
+def compare(classification: pd.DataFrame, segmentation: pd.DataFrame = EMPTY, ablations: pd.DataFrame = EMPTY) -> None:
     """What `compare_with_paper` does, on runs that were evaluated already."""
-    report(paths.REPORTS, classification=classification, segmentation=segmentation, recipe_differences={})
+    frames = {"classification": classification, "segmentation": segmentation, "ablations": ablations}
+    report(paths.REPORTS, **frames, recipe_differences={})
     # These folders come from no training, so the run that these parameters ask for is the one in its place.
     with patch("pipeline.tracking.measured.training_folder", in_its_place):
         log_comparisons(
             params(),
-            {"table2_imagenet": classification, "table4_ade20k": segmentation},
-            {"table2_imagenet": EMPTY, "table4_ade20k": EMPTY},
+            NOTHING_OF_ANY | {table: frames[section] for table, section in SECTIONS.items()},
+            NOTHING_OF_ANY,
         )
 
 
@@ -73,12 +75,17 @@ def by_name(client: Any, kind: str = "classifier") -> dict[str, Any]:  # noqa: F
 
 @pytest.fixture
 def compared(client: Any) -> Any:  # noqa: F811
-    compare(evaluated(classifier_runs(SEEDS)), evaluated(segmenter_runs({"poolformer_s12": [36.5, 36.9]}), "segmenter"))
+    ablations = evaluated(classifier_runs({"identity": [74.2, 74.4], "ppaa": [81.1]}), "ablation")
+    compare(
+        evaluated(classifier_runs(SEEDS)),
+        evaluated(segmenter_runs({"poolformer_s12": [36.5, 36.9]}), "segmenter"),
+        pd.concat([classifier_runs({"baseline": SEEDS["poolformer_s12"]}), ablations]),
+    )
     return client
 
 
 def test_csv_markdown_html_latex_mlflow_table_and_metrics_have_the_same_numbers(compared: Any) -> None:
-    for comparison in COMPARISONS:
+    for comparison in COMPARISONS[:-1]:
         kind, name = comparison.task.name, comparison.name
         csv = pd.read_csv(paths.REPORTS / f"{name}.csv").set_index("model")
         (parent,) = [run for run in runs(compared, kind) if run.data.tags["kind"] == "comparison"]
@@ -245,8 +252,8 @@ def test_an_earlier_comparison_writes_nothing_onto_a_run_that_it_did_not_measure
         with patch("pipeline.tracking.measured.training_folder", in_its_place):
             log_comparisons(
                 params(**scale),
-                {"table2_imagenet": frame, "table4_ade20k": EMPTY},
-                {"table2_imagenet": EMPTY, "table4_ade20k": EMPTY},
+                NOTHING_OF_ANY | {"table2_imagenet": frame},
+                NOTHING_OF_ANY,
             )
         measured[mirror_of(Server(), folder).run_id] = top1
         if name == "A":
