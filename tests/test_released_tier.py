@@ -56,6 +56,7 @@ def write_ade20k(root: Path) -> None:
 def write_weights(folder: Path) -> str:
     """S12's classifier as its authors saved it, its segmenter as mmseg did; returns the segmenter's name."""
     torch.save(authors_state("poolformer_s12"), folder / "poolformer_s12.pth.tar")
+    shutil.copy(folder / "poolformer_s12.pth.tar", folder / "metaformer_id_s12.pth.tar")  # no mixer has parameters
     nameless = folder / "segmenter.pth"
     meta = {"CLASSES": ["wall"], "iter": 40_000}
     torch.save({"meta": meta, "state_dict": mmseg_state("poolformer_s12"), "optimizer": {}}, nameless)
@@ -77,6 +78,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, str]:
         "compose",
         "scale=released",
         "released.variants=[poolformer_s12,poolformer_s24]",
+        "released.ablations=[identity,ppaa]",
         "test_sets.names=[a]",
         "evaluation.segmentation.multi_scale_ratios=[0.5]",  # six ratios would take minutes here
     )
@@ -97,6 +99,21 @@ def test_what_is_there_is_measured_and_what_is_not_is_named(released: tuple[Chec
     assert segmenter["macs_g"] == pytest.approx(31.018, abs=0.001)
     assert results["poolformer_s24"]["classifier"] == {"status": "missing", "file": "poolformer_s24.pth.tar"}
     assert results["poolformer_s24"]["segmenter"]["status"] == "missing"
+
+
+def test_released_ablations_have_their_stage_and_table(released: tuple[Checkout, str]) -> None:
+    checkout, _ = released
+    results = checkout.folder / "results/evaluate_released_ablation"
+    measured = json.loads((results / "identity.json").read_text())["ablation"]
+    assert (measured["status"], measured["images"], measured["parameters"]) == ("measured", CLASSES, 11_915_176)
+    missing = json.loads((results / "ppaa.json").read_text())["ablation"]
+    assert missing == {"status": "missing", "file": "metaformer_ppaa_s12_224.pth.tar"}
+    table = pd.read_csv(checkout.folder / "reports/table5_ablations.csv").set_index("model")
+    assert table.loc["identity", "released"] == pytest.approx(measured["top1"], abs=1e-6)
+    assert table.loc["identity", "released_published"] == 74.336
+    assert table.loc["identity", "verdict"].startswith("not comparable: "), "these are not all images"
+    assert table.loc["ppaa", "verdict"] == "missing: metaformer_ppaa_s12_224.pth.tar"
+    assert table.loc["relu", "verdict"] == "missing"
 
 
 def test_every_image_has_its_prediction(released: tuple[Checkout, str]) -> None:
