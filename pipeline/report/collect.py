@@ -142,7 +142,7 @@ def recipe_differences_of(params: Params) -> dict[str, list[str]]:
             if variant in task.variants(params):
                 recipe, papers = task.params(params).recipe_for(variant).model_dump(), task.paper_recipe or task.section
                 fields += recipe_differences(papers, variant, recipe, base=task.base, section=task.section)
-        differences[variant] = fields
+        differences[variant] = list(dict.fromkeys(fields))  # tasks may share their data
     return differences
 
 
