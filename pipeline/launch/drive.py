@@ -5,9 +5,11 @@ Such a job submits its successor before it starts `dvc repro`. All of them have 
 The job in which `dvc repro` comes to its end cancels the one after it.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,11 +21,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pipeline import paths
 from pipeline.cluster import Profile, load_profile
 from pipeline.errors import UserError
 from pipeline.launch import record
+from pipeline.launch.ahead import RWLOCK
 from pipeline.launch.record import Job
 from pipeline.launch.slurm_status import FINAL, UNSETTLED, UnreachableError, ask, squeue
 
@@ -35,6 +39,7 @@ LOCKED_S = 60
 """How often it is started again while another DVC works in the checkout."""
 DEATHS, WITHIN_S = 5, 600
 """So many jobs that were ended within that time are no accident."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 
 
@@ -141,6 +146,11 @@ def _sbatch(script: Path, extra: dict[str, str]) -> str:
         raise UserError(f"sbatch refuses the job: {error}; correct {paths.cluster_profile()}") from None
 
 
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the driver dies: the next one must not meet its locks."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Driver:
     """What runs in the job."""
 
@@ -163,15 +173,13 @@ class Driver:
             print("another drive has taken this one's place: ending")
             return 0
         record.write_job(self.folder, replace(job, job_id=self.own_id))
-        starts = self.folder / "starts.jsonl"
-        with starts.open("a") as stream:
-            stream.write(json.dumps({"job": self.own_id, "time": time.time()}) + "\n")
-        recent = [json.loads(line)["time"] > time.time() - WITHIN_S for line in starts.read_text().splitlines()]
-        if sum(recent) > DEATHS:
+        starts = self._starts()
+        recent = {start["job"] for start in starts if start["time"] > time.time() - WITHIN_S} - {self.own_id}
+        if len(recent) >= DEATHS:
             return self._end(job, f"failed: {DEATHS} jobs were ended within {WITHIN_S // 60} min", 1)
         successor = self._successor(job)
         while True:
-            code, error = self._repro()
+            code, error, blocked_by = self._repro()
             if self.stopping or code in (-signal.SIGKILL, -signal.SIGTERM):
                 if successor is None:  # a limit allows one job only
                     subprocess.run(["scontrol", "requeue", self.own_id])
@@ -180,6 +188,10 @@ class Driver:
                 return self._end(job, "done", 0)
             if not any(words in error for words in LOCKED):
                 return self._end(job, f"failed: {error}", 1)
+            if blocked_by and blocked_by <= {start["pid"] for start in starts}:
+                # Killed with an earlier job of this drive, perhaps on another node, where its id may be another's now.
+                RWLOCK.unlink(missing_ok=True)
+                continue
             print(f"another DVC works in this checkout; trying again in {LOCKED_S} s", flush=True)
             deadline = time.monotonic() + LOCKED_S
             while time.monotonic() < deadline and not self.stopping:
@@ -194,8 +206,13 @@ class Driver:
             print(f"no successor ({error}): this job puts itself back, but a kill ends the drive", flush=True)
             return None
 
-    def _repro(self) -> tuple[int, str]:
-        """The exit status of `dvc repro`, and its last error."""
+    def _starts(self) -> list[dict[str, Any]]:
+        """Job, Unix time and DVC's process id of each time that `dvc repro` was started."""
+        path = self.folder / "starts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _repro(self) -> tuple[int, str, set[int]]:
+        """The exit status of `dvc repro`, its last error, and the processes that it is blocked by."""
         targets = json.loads((self.folder / "targets.json").read_text())
         command = [str(Path(sys.executable).with_name("dvc")), "repro", *targets]
         print(f"== {time.strftime('%F %T')} job {self.own_id}: {shlex.join(['dvc', *command[1:]])}", flush=True)
@@ -206,14 +223,19 @@ class Driver:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
         assert process.stdout is not None
+        with (self.folder / "starts.jsonl").open("a") as stream:
+            stream.write(json.dumps({"job": self.own_id, "time": time.time(), "pid": process.pid}) + "\n")
         errors: list[str] = []
+        blocked_by: set[int] = set()
 
         def relay(lines: Iterable[str]) -> None:
             for line in lines:
                 print(line, end="", flush=True)
                 errors.extend([line.strip()] * line.lower().startswith("error"))
+                blocked_by.update(int(pid) for pid in re.findall(r"^\s*\(PID (\d+)\)", line))
 
         reader = threading.Thread(target=relay, args=(process.stdout,), daemon=True)
         reader.start()
@@ -226,7 +248,7 @@ class Driver:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.2)
         reader.join(timeout=STOP_S)  # a process that was left behind may hold the pipe
-        return process.returncode, errors[-1] if errors else f"exit status {process.returncode}"
+        return process.returncode, errors[-1] if errors else f"exit status {process.returncode}", blocked_by
 
     def _end(self, job: Job, how: str, code: int) -> int:
         """Say how it ended, in the log and by the profile's `notify`, and cancel the successor."""
