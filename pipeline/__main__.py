@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 Options = argparse.Namespace
 RUN_STAGES = [stage for task in TASKS.values() for stage in (task.training_stage, task.evaluation_stage)]
 """Those with a run folder for each variant and seed."""
-OTHER_RUNS = ("drive", "evaluate_released", "evaluate_test_set", "evaluate_released_test_set", "doctor")
+OTHER_RUNS = ("drive", *RELEASED_STAGES, "evaluate_test_set", "evaluate_released_test_set", "doctor")
 """Others that run jobs."""
 
 

@@ -29,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.launch import record
 from pipeline.launch.ahead import RWLOCK
 from pipeline.launch.record import Job
+from pipeline.launch.scheduler import scheduler_of
 from pipeline.launch.slurm_status import FINAL, UNSETTLED, UnreachableError, ask, squeue
 
 STAGE, NAME = "drive", "repro"
@@ -49,7 +50,7 @@ def submit(profile: Profile, targets: Sequence[str]) -> str:
     Raises:
         UserError: the profile is not Slurm's, sbatch refuses the job, or other targets are driven already.
     """
-    if profile.kind != "slurm":
+    if not scheduler_of(profile.kind).has_queue:
         raise UserError(f"{paths.cluster_profile()} is of this machine: `dvc repro` needs no job here")
     folder = paths.run(STAGE, NAME)
     with record.launching():
@@ -66,7 +67,8 @@ def submit(profile: Profile, targets: Sequence[str]) -> str:
         jobs = folder / "jobs"
         jobs.mkdir(parents=True)
         (folder / "targets.json").write_text(json.dumps(list(targets)))
-        job = Job("slurm", record.new_token(), str(jobs.absolute()), profile.open_environment, time.time())
+        token, now = record.new_token(), time.time()
+        job = Job(profile.kind, token, str(jobs.absolute()), profile.open_environment, now, **record.this_host())
         (folder / "fingerprint").write_text(job.token)
         record.write_job(folder, job)
         script = jobs / "script.sh"
