@@ -14,6 +14,8 @@ from slurm_cluster import wait_until
 from pipeline import paths
 from pipeline.launch import local_copy
 from pipeline.launch.local_copy import LocalCopies
+from pipeline.launch.usage import efficiency
+from pipeline.train import history
 
 SPAWN = multiprocessing.get_context("spawn")
 SIZE_BYTES = 3 * local_copy.CHUNK_BYTES + 5
@@ -167,6 +169,9 @@ def test_a_training_reads_the_copy_and_has_the_same_identity(checkout: Checkout,
         assert both.count(f"copying {checkout.folder.absolute()}/data/beton/imagenet/{split}.beton") == 1
         assert f"removing {tmp_path / 'disk'}/betons" in both
     assert not copies_below(tmp_path / "disk")
+    (line,) = history.read(run / "usage.jsonl")
+    assert (line["cpus"], line["memory_asked_gb"]) == (1, None)
+    assert efficiency(run)["cpu_used"] > 0
     fingerprint = (run / "fingerprint").read_text()
     checkout.environment["PIPELINE_CLUSTER"] = "slurm/local.yaml"
     assert checkout.pipeline("train_classifier", "poolformer_s12", "0") is not None

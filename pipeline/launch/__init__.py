@@ -11,6 +11,7 @@ In the order in which a training passes through them:
     agreement                what ranks check before that: their GPU, and that they compute alike
     local_copy               the data on the node's own disk
     stall                    ends a rank whose training makes no step
+    usage                    what a job used of what it asked for
     attempts                 why an attempt failed, and whether there is another
     jobs                     waits for the job and collects its outputs; the table of all jobs
     record                   the files of a run folder that these share

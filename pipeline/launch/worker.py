@@ -18,7 +18,7 @@ from pipeline import paths
 from pipeline.catalogue import TASKS
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.launch import agreement, attempts, record
+from pipeline.launch import agreement, attempts, record, usage
 from pipeline.launch.attempts import Attempt, InfrastructureError, node
 from pipeline.launch.fingerprint import code_of, content_digest
 from pipeline.launch.local_copy import LocalCopies
@@ -151,7 +151,8 @@ class Worker:
                 is_training = folder.parent.name in {task.training_stage for task in TASKS.values()}
                 stopping.asked_at = time.monotonic()
                 lively = ended_without_steps(lambda: stopping.asked_at, limit_s, folder, attempt, rank)
-                with lively if is_training else nullcontext():
+                used = usage.recorded(folder, attempt, profile) if rank == 0 else nullcontext()
+                with used, lively if is_training else nullcontext():
                     finished = bool(call(world, folder, profile, **copies.localised(work["arguments"])))
                 if finished and rank == 0:
                     with paths.written_atomically(folder / "done") as temporary:

@@ -46,7 +46,7 @@ class Background:
     pictures: Mapping[str, Path] = field(default_factory=dict)
     """For each variant the `pictures.npz` of one evaluation."""
     cost: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """task, variant, seed, and the fields of `cost.json`."""
+    """task, variant, seed, the fields of `cost.json`, and what was used of what the jobs asked for."""
     provenance: list[Provenance] = field(default_factory=list)
     config: str = ""
     """params.yaml."""
@@ -62,8 +62,11 @@ COST_COLUMNS = {
     "rank_hours": ("Rank-hours", 3),
     "gpu_hours": ("GPU-hours", 3),
     "energy_kwh": ("Energy, kWh", 3),
+    "cpu_used": ("CPU used, %", 0),
+    "memory_used": ("Memory used, %", 0),
+    "gpu_used": ("GPU used, %", 0),
 }
-"""Key in `cost.json`: heading, and digits (None: text)."""
+"""Key in `cost.json`, or of `launch.usage.efficiency`: heading, and digits (None: text)."""
 SUMMED = ("rank_hours", "gpu_hours", "energy_kwh")
 
 

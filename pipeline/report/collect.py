@@ -12,6 +12,7 @@ from pipeline import paths
 from pipeline.catalogue import COMPARISONS, TASKS
 from pipeline.config import Params
 from pipeline.launch import record
+from pipeline.launch.usage import efficiency
 from pipeline.launch.works import training_folder
 from pipeline.paper import label, recipe_differences
 from pipeline.report.background import Background, Provenance
@@ -217,7 +218,9 @@ def background(params: Params) -> Background:
             for seed in params.seeds:
                 cost = json.loads(paths.cost(task.training_stage, variant, seed).read_text())
                 if cost:
-                    costs.append({"task": title, "variant": variant, "seed": seed, **cost})
+                    folder = training_folder(params, task, variant, seed)
+                    used = {} if folder is None else efficiency(folder)
+                    costs.append({"task": title, "variant": variant, "seed": seed, **cost, **used})
                 provenance.append(_provenance(params, task, title, variant, seed))
     return Background(
         iou=pd.concat(iou, ignore_index=True) if iou else pd.DataFrame(),
