@@ -20,11 +20,12 @@ from pipeline.errors import UserError
 from pipeline.launch.ahead import RWLOCK
 from pipeline.launch.check import try_job
 from pipeline.launch.scheduler import Finding, scheduler_of
-from pipeline.tasks.classification.description import TEST_SETS, classes_of
+from pipeline.tasks.classification.description import CLASSIFIER, IMAGENET, TEST_SETS, classes_of
 from pipeline.tasks.description import load
 
 DVC = Path(".dvc")
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
+LOADED, LOADED_BATCHES = 64, 4
 TESTED_PYTHONS = ("3.11", "3.12", "3.13")
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "dvc", "mlflow", "submitit")
 
@@ -167,6 +168,7 @@ def _parameters() -> Iterator[Finding]:
     yield from _data(params)
     yield from _test_sets(params)
     yield from _split(params)
+    yield from _loading(params)
     yield from _released(params)
 
 
@@ -226,6 +228,29 @@ def _split(params: Params) -> Iterator[Finding]:
                 continue
             text = f"batch {batch} = {profile.world_size} ranks x {split.accumulation} x {split.micro_batch_size}"
             yield Finding("ok", task.section, text)
+
+
+def _loading(params: Params) -> Iterator[Finding]:
+    """Whether a rank's cores load as fast as its GPU trains: measured with one worker, from where the .beton lies."""
+    profile, beton = cluster.load_profile(paths.cluster_profile()), IMAGENET.beton(IMAGENET.training)
+    trained = CLASSIFIER.variants(params) if not CLASSIFIER.takes_released(params) else []
+    if not profile.gpus or not trained or not beton.exists():
+        return
+    from pipeline.data.loaders import train_loader
+
+    size = params.classification.recipe_for(trained[0]).image_size
+    batches = iter(train_loader(beton, batch_size=LOADED, seed=0, epoch=0, workers=1, image_size=size))
+    next(batches)
+    started = time.monotonic()
+    loaded = sum(len(batch.images) for batch, _ in zip(batches, range(LOADED_BATCHES), strict=False))
+    per_rank = loaded / (time.monotonic() - started) * profile.cpus
+    needed, basis = max(plan.images_per_s(params, CLASSIFIER, variant) for variant in trained)
+    text = f"{profile.cpus} cores per rank load about {per_rank:,.0f} images/s; a GPU trains {needed:,.0f} ({basis})"
+    if per_rank > needed:
+        yield Finding("ok", "loading", text)
+    else:
+        advice = "more cpus_per_task, imagenet.storage: compact, or local_copy if the disk is slow"
+        yield Finding("note", "loading", f"{text}: GPUs will wait; {advice}")
 
 
 def _released(params: Params) -> Iterator[Finding]:

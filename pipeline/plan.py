@@ -188,6 +188,13 @@ def _rate(params: Params, task: Task, variant: str) -> Rate:
     return Rate(per_gmac, basis, False)
 
 
+def images_per_s(params: Params, task: Task, variant: str) -> tuple[float, str]:
+    """How many images one rank trains per second by the forecast, and what that rests on."""
+    rate = _rate(params, task, variant)
+    gmacs = task.forward_gmacs(variant, task.params(params).recipe_for(variant).input_px)
+    return 1 / (rate.seconds_per_gmac * gmacs * STEP_IN_FORWARD_PASSES), rate.basis
+
+
 def _evaluation_gmacs(params: Params, task: Task, variant: str) -> float:
     return _images(params, task.data, task.data.evaluation) * task.evaluation_gmacs(params, variant)
 

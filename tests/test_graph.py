@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -365,6 +366,19 @@ def test_help_is_quick_and_wrong_words_are_clear(checkout: Checkout) -> None:
     wrong = checkout.pipeline("train_clasifier", "poolformer_s12", "0", check=False)
     assert wrong.returncode == 2
     assert "train_classifier" in wrong.stderr
+
+
+def test_doctor_says_whether_loading_keeps_up_with_a_gpu(finished: Checkout) -> None:
+    (finished.folder / "slurm/gpu.yaml").write_text("kind: local\ngpus_per_node: 1\ncpus_per_task: 8\n")
+    said = finished.pipeline("doctor", check=False, PIPELINE_CLUSTER="slurm/gpu.yaml").stdout
+    (finished.folder / "slurm/gpu.yaml").unlink()
+    found = re.search(
+        r"8 cores per rank load about ([\d,]+) images/s; a GPU trains ([\d,]+) \(", " ".join(said.split())
+    )
+    assert found is not None, said
+    loaded, trained = (int(number.replace(",", "")) for number in found.groups())
+    assert min(loaded, trained) > 0
+    assert ("GPUs will wait" in said) == (loaded <= trained)
 
 
 def test_doctor_finds_what_is_missing(checkout: Checkout) -> None:

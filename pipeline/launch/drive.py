@@ -38,6 +38,7 @@ STOP_S = 30
 """How long `dvc repro` may take to leave after an interrupt."""
 LOCKED_S = 60
 """How often it is started again while another DVC works in the checkout."""
+STALE_S = 600
 DEATHS, WITHIN_S = 5, 600
 """So many jobs that were ended within that time are no accident."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -153,6 +154,29 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def remove_locks(starts: Sequence[dict[str, Any]], job_started: float, blocked_by: set[int]) -> bool:
+    """Remove DVC's locks that killed DVCs of this drive have left; whether there were any.
+
+    DVC does not remove them: on another node a process id may be another process', and a lock file names none. Such a
+    file is taken to be a killed one's if it was made while that ran, and is there STALE_S after this job's start.
+
+    Args:
+        starts: the lines of `starts.jsonl`.
+        job_started: Unix time, s.
+        blocked_by: process ids that DVC named as the users of a path.
+    """
+    ended = {start["pid"] for start in starts if start.get("ended")}
+    killed = {start["pid"]: start["time"] for start in starts if start["pid"] not in ended}
+    left = [RWLOCK] if blocked_by and blocked_by <= killed.keys() else []
+    for lock in (RWLOCK.with_name("lock"), RWLOCK.with_name("rwlock.lock")):
+        made = lock.stat().st_ctime if lock.exists() else 0.0
+        is_old = time.time() - job_started > STALE_S
+        left += [lock] if is_old and any(start < made < job_started for start in killed.values()) else []
+    for lock in left:
+        lock.unlink(missing_ok=True)
+    return bool(left)
+
+
 class Driver:
     """What runs in the job."""
 
@@ -160,7 +184,7 @@ class Driver:
         self.folder, self.token = paths.run(STAGE, NAME), token
         self.profile = load_profile(paths.cluster_profile())
         self.own_id = os.environ["SLURM_JOB_ID"]
-        self.stopping = False
+        self.stopping, self.started = False, time.time()
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._stop)
 
@@ -175,8 +199,7 @@ class Driver:
             print("another drive has taken this one's place: ending")
             return 0
         record.write_job(self.folder, replace(job, job_id=self.own_id))
-        starts = self._starts()
-        recent = {start["job"] for start in starts if start["time"] > time.time() - WITHIN_S} - {self.own_id}
+        recent = {start["job"] for start in self._starts() if start["time"] > time.time() - WITHIN_S} - {self.own_id}
         if len(recent) >= DEATHS:
             return self._end(job, f"failed: {DEATHS} jobs were ended within {WITHIN_S // 60} min", 1)
         successor = self._successor(job)
@@ -190,9 +213,7 @@ class Driver:
                 return self._end(job, "done", 0)
             if not any(words in error for words in LOCKED):
                 return self._end(job, f"failed: {error}", 1)
-            if blocked_by and blocked_by <= {start["pid"] for start in starts}:
-                # Killed with an earlier job of this drive, perhaps on another node, where its id may be another's now.
-                RWLOCK.unlink(missing_ok=True)
+            if remove_locks(self._starts(), self.started, blocked_by):
                 continue
             print(f"another DVC works in this checkout; trying again in {LOCKED_S} s", flush=True)
             deadline = time.monotonic() + LOCKED_S
@@ -209,9 +230,13 @@ class Driver:
             return None
 
     def _starts(self) -> list[dict[str, Any]]:
-        """Job, Unix time and DVC's process id of each time that `dvc repro` was started."""
+        """Job, Unix time and DVC's process id of each time that `dvc repro` was started, and that it has ended."""
         path = self.folder / "starts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _note(self, pid: int, *, ended: bool = False) -> None:
+        with (self.folder / "starts.jsonl").open("a") as stream:
+            stream.write(json.dumps({"job": self.own_id, "time": time.time(), "pid": pid, "ended": ended}) + "\n")
 
     def _repro(self) -> tuple[int, str, set[int]]:
         """The exit status of `dvc repro`, its last error, and the processes that it is blocked by."""
@@ -228,8 +253,7 @@ class Driver:
             preexec_fn=_die_with_parent,
         )
         assert process.stdout is not None
-        with (self.folder / "starts.jsonl").open("a") as stream:
-            stream.write(json.dumps({"job": self.own_id, "time": time.time(), "pid": process.pid}) + "\n")
+        self._note(process.pid)
         errors: list[str] = []
         blocked_by: set[int] = set()
 
@@ -249,6 +273,7 @@ class Driver:
             if asked and time.monotonic() - asked > STOP_S:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.2)
+        self._note(process.pid, ended=True)
         reader.join(timeout=STOP_S)  # a process that was left behind may hold the pipe
         return process.returncode, errors[-1] if errors else f"exit status {process.returncode}", blocked_by
 
