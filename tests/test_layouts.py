@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from layout_runs import (
+    CLASSES,
     CLASSIFICATION,
     SEGMENTATION,
     Training,
@@ -25,6 +26,8 @@ from rank_pool import RunOnRanks
 from pipeline import device as ranks
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
+from pipeline.models import create_classifier
+from pipeline.tasks.classification.evaluation import ValidationSet
 from pipeline.tasks.segmentation import training as segmenter_training
 from pipeline.train import history
 
@@ -221,3 +224,20 @@ def test_out_of_memory_on_one_rank_ends_all_and_says_what_would_fit(
     assert "out of memory with 4 images at a time on one device (" in messages[1]
     assert "max_images_per_device: 2 needs about half (4 micro-batches a step in place of 2, " in messages[1]
     assert "activation_checkpointing: true" in messages[1]
+
+
+def validated(world: ranks.World, betons: list[Path]) -> tuple[dict[str, float], bool]:
+    """A validation pass on this rank's file, and whether the model is in training mode again."""
+    torch.manual_seed(0)
+    model = create_classifier("poolformer_s12", CLASSES).train()
+    images = ValidationSet(str(betons[world.rank]), image_size=32, crop_fraction=1.0, precision="fp32")
+    return images.measure(model, world, batch_size=16), model.training
+
+
+def test_a_rank_that_cannot_read_the_validation_images_ends_no_training(data: Path, on_ranks: RunOnRanks) -> None:
+    beton = data / "images.beton"
+    for missing in ([beton, data / "gone.beton"], [data / "gone.beton", beton]):
+        assert on_ranks(2, validated, missing) == [({}, True)] * 2
+    (here, _), (there, _) = on_ranks(2, validated, [beton, beton])
+    assert here == there
+    assert here["val_loss"] > 0

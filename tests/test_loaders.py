@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline import Compiler
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -234,6 +235,22 @@ def test_a_bug_in_the_operation_reaches_the_consumer(beton: Path) -> None:
     loader.graph.nodes[0].decoder.read = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(loader)
+
+
+def test_an_error_of_ffcvs_own_thread_reaches_the_consumer(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a CUDA stream: outside our operation, where FFCV's thread would end and the consumer wait for ever."""
+    real = EpochIterator.run_pipeline
+
+    def broken(self: EpochIterator, number: int, *rest: Any) -> Any:
+        if number == 2:
+            raise RuntimeError("CUDA error: uncorrectable ECC error")
+        return real(self, number, *rest)
+
+    monkeypatch.setattr(EpochIterator, "run_pipeline", broken)
+    batches = iter(train_loader(beton, batch_size=4, seed=0, epoch=0, workers=1, image_size=IMAGE_SIZE))
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(RuntimeError, match="ECC"):
+        next(batches)
 
 
 def test_an_abandoned_iterator_leaves_no_thread(beton: Path) -> None:

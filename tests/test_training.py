@@ -140,6 +140,13 @@ def test_looking_at_the_accuracy_changes_nothing_and_each_look_is_there_once(tmp
         assert looks == first
 
 
+def test_a_validation_pass_that_failed_leaves_no_line(tmp_path: Path) -> None:
+    whole = run(ToyTask(), tmp_path / "whole")
+    failed = run(ToyTask(), tmp_path / "failed", validation=Validation(10, lambda model: {}))
+    assert all(torch.equal(value, failed[key]) for key, value in whole.items())
+    assert history.read(tmp_path / "failed/validation.jsonl") == []
+
+
 class StageTask(ToyTask):
     """A real stage in the middle, of one block with drop path."""
 

@@ -6,6 +6,7 @@ before FFCV sees them: it takes the given positions as they come.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from queue import Full
 from threading import Lock
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from ffcv.loader import Loader
+from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
 from ffcv.pipeline import Compiler, PipelineSpec
 from ffcv.pipeline.graph import Graph
@@ -68,7 +70,7 @@ class InOrderLoader(Loader):
         """A tuple of the outputs for each batch; raises the error that kept one from being made."""
         if not len(self.indices):
             return
-        batches = super().__iter__()
+        batches = _Batches(self, self.indices)
         try:
             for outputs in batches:
                 for output in outputs:
@@ -77,6 +79,21 @@ class InOrderLoader(Loader):
                 yield outputs
         finally:
             batches.close()  # or its thread would wait for ever for someone to take a batch
+
+
+class _Batches(EpochIterator):
+    """FFCV's thread, whose own errors (as of CUDA) reach the consumer: it would end silently and leave that waiting."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            while not self.terminate_event.is_set():
+                try:
+                    self.output_queue.put((0, (error,)), timeout=0.5)
+                    return
+                except Full:
+                    continue
 
 
 class _MappedFile(OSCacheManager):

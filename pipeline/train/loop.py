@@ -71,7 +71,7 @@ def train(
         if validation is not None and _is_due(validation, step):
             with torch.compiler.set_stance("force_eager"):  # compiled for training
                 measured = validation.measure(model)
-            if world.is_first:
+            if world.is_first and measured:
                 at = {"step": step, "epoch": step / task.steps_per_epoch, "time_ms": round(time.time() * 1000)}
                 history.append(validation_file, {**at, **measured})
             interval = Interval(world, interval.losses)  # the clock of the training alone

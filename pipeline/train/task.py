@@ -26,7 +26,7 @@ class Validation:
 
     interval_steps: int
     measure: Callable[[nn.Module], dict[str, float]]
-    """Called on each rank, with the same answer on all; leaves the model in training mode."""
+    """Called on each rank, with the same answer on all, empty if it failed; leaves the model in training mode."""
 
 
 class Task(Protocol):

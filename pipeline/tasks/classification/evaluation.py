@@ -1,6 +1,7 @@
 """Evaluation of an ImageNet classifier as a job, and the validation passes while one trains."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ from pipeline.cluster import Profile
 from pipeline.config import Precision
 from pipeline.data.loaders import BatchLoader, eval_loader
 from pipeline.data.manifest import read_manifest
+from pipeline.errors import UserError
 from pipeline.metrics import ClassificationMeter, count_macs, count_parameters
 from pipeline.models.poolformer import create_classifier
 from pipeline.models.released_weights import load_released
 from pipeline.tasks.classification.test_sets import real_accuracy
 from pipeline.tasks.on_device import normalise
+
+log = logging.getLogger(__name__)
 
 
 def predict(
@@ -57,12 +61,24 @@ class ValidationSet:
 
     @torch.no_grad()
     def measure(self, model: nn.Module, world: ranks.World, batch_size: int) -> dict[str, float]:
-        """`top1`, `top5` (percent) and `val_loss` over the ranks' shares of all images: the same on all ranks."""
+        """`top1`, `top5` (percent) and `val_loss` over the ranks' shares of all images: the same on all ranks.
+
+        Empty, with a warning, where a rank cannot read the images: a training does not depend on them.
+        """
         meter = ClassificationMeter(world.device)
+        failed = torch.zeros((), device=world.device)
         model.eval()
-        for _, logits, labels in predict(model, self.loader(world, batch_size), world, self.precision):
-            meter.update(logits, labels)
+        try:
+            for _, logits, labels in predict(model, self.loader(world, batch_size), world, self.precision):
+                meter.update(logits, labels)
+        except (UserError, OSError) as error:
+            log.warning("no validation pass, training continues: %s", error)
+            failed += 1
         model.train()
+        if world.size > 1:
+            dist.all_reduce(failed)
+        if failed:
+            return {}
         counts = meter.compute()
         return {"top1": counts["top1"], "top5": counts["top5"], "val_loss": counts["loss"]}
 
