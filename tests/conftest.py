@@ -19,7 +19,8 @@ from xdist.scheduler import LoadScopeScheduling
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 Run = Callable[..., subprocess.CompletedProcess[str]]
-ON_SLURM = ("test_cluster_faults", "test_cluster_graph", "test_cluster_jobs", "test_dev_cluster")
+ON_SLURM = ("test_cluster_", "test_dev_cluster")
+"""What the names of modules begin with whose tests use the cluster, of which there is one."""
 LONGEST_FIRST = (
     "slurm",
     "test_graph",
@@ -49,7 +50,7 @@ In float32, so that one process and two ranks can be compared.
 def _group(test: str) -> str:
     """Which tests run on one worker: those of a module, and all those on Slurm."""
     module = Path(test.partition("::")[0]).stem
-    return "slurm" if module in ON_SLURM else module
+    return "slurm" if module.startswith(ON_SLURM) else module
 
 
 class _Scheduling(LoadScopeScheduling):
