@@ -93,13 +93,15 @@ def test_a_drive_outlives_a_kill_a_preemption_and_its_time_limit(slurm_cluster: 
     wait_until(lambda: not drivers(slurm_cluster), "the end of all drivers")
     assert slurm_cluster.run("squeue", "--noheader")  # the training goes on
     driven.pipeline("cancel", "train_classifier", "poolformer_s12-0")
+    wait_until(lambda: not slurm_cluster.run("squeue", "--noheader"), "the end of the training")
     assert not (driven.folder / "told.txt").exists()
 
 
 def test_the_end_of_the_graph_ends_the_drive_and_says_so(slurm_cluster: SlurmCluster, driven: Checkout) -> None:
     compose(driven, 2)
     driven.pipeline("drive", TRAINING)
-    wait_until(lambda: (driven.folder / FOLDER / "done").exists() and not drivers(slurm_cluster), "the end")
+    wait_until(lambda: not drivers(slurm_cluster), "the end")
+    assert (driven.folder / FOLDER / "done").exists(), (driven.folder / FOLDER / "log.txt").read_text()
     assert (driven.folder / "models/classifier/poolformer_s12-0.pt").exists()
     assert (driven.folder / "told.txt").read_text() == f"dvc repro in {driven.folder}: done\n"
     assert "drive repro" not in driven.pipeline("jobs").stdout
