@@ -17,10 +17,9 @@ drive: {mem: 3G}
 """
 
 
-@pytest.fixture(scope="module")
-def driven(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+@pytest.fixture
+def driven(slurm_cluster: SlurmCluster, checkout: Checkout) -> Checkout:
     """A checkout whose data is made, with a training that goes on until it has been disturbed often enough."""
-    checkout = Checkout(tmp_path_factory.mktemp("driven"))
     dev = (checkout.folder / "slurm/dev.yaml").read_text()
     (checkout.folder / "slurm/driven.yaml").write_text(dev + PROFILE)
     checkout.environment |= slurm_cluster.environment | {"PIPELINE_CLUSTER": "slurm/driven.yaml"}
