@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -94,4 +95,6 @@ def measure(batch: int, image_px: int, steps: int, repeats: int) -> dict[str, ob
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # as a worker: threads of the loader still run, and may abort in the interpreter's shutdown

@@ -424,4 +424,6 @@ def _covered(spans: Spans) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # as a worker: threads of the loader still run, and may abort in the interpreter's shutdown
