@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -82,38 +82,39 @@ def main(arguments: list[str] | None = None) -> int:
     if options.compiled:
         rivals += tuple(rival + COMPILED for rival in rivals if rival.startswith("ours"))
     rows: list[dict[str, Any]] = []
-    started, options_of_all = time.monotonic(), (options.image_size, options.repeats, rivals)
-    with ExitStack() as stack:
-        pools = Pools(stack)
+    started = time.monotonic()
+    with Pools() as shared:
         for variant in options.variants:
             if time.monotonic() - started > options.limit_s:
                 print(f"{variant} and what follows: not begun after {options.limit_s:.0f} s", flush=True)
                 break
             batch = options.batch or (BATCH_ON_CUDA if on_cuda else BATCH_ON_CPU[variant])
-            if not on_cuda:
-                pools = Pools(stack)
-            rows += measure(variant, batch, *options_of_all, pools)
+            with nullcontext(shared) if on_cuda else Pools() as pools:  # a CPU's memory stays with its process
+                rows += measure(variant, batch, options.image_size, options.repeats, rivals, pools)
             table = pd.DataFrame(rows)
             options.output.mkdir(parents=True, exist_ok=True)
             table.to_csv(options.output / "training_step.csv", index=False, float_format="%.4g")
+    if not rows:
+        return 1
     shown = ["variant", "rival", "phase", "images_per_s", "ratio_to_timm", "ratio_to_timm_same_precision"]
     shown += ["flop_share", "byte_share", "peak_memory_gb", "first_round_s"]
     print(table[shown].to_string(index=False, float_format="{:.2f}".format))
     return 0
 
 
-class Pools:
-    """The processes that measure, each made when it is first needed and ended with `stack`."""
+class Pools(ExitStack):
+    """The processes that measure, each made when it is first needed; all end with the block."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self.stack, self.pools = stack, dict[str, ProcessPoolExecutor]()
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools: dict[str, ProcessPoolExecutor] = {}
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([__name__])  # the imports take seconds: once, not for each process
 
     def __getitem__(self, rival: str) -> ProcessPoolExecutor:
         key = _precision(rival) if torch.cuda.is_available() else rival
         if key not in self.pools:
-            self.pools[key] = self.stack.enter_context(ProcessPoolExecutor(1, self.context))
+            self.pools[key] = self.enter_context(ProcessPoolExecutor(1, self.context))
         return self.pools[key]
 
 

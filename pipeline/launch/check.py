@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch.fingerprint import Work
-from pipeline.launch.first_profile import minutes
+from pipeline.launch.first_profile import gpus, minutes
 from pipeline.launch.jobs import run_job
 from pipeline.launch.scheduler import Finding
 from pipeline.launch.slurm import script
@@ -67,7 +66,7 @@ def _sizes(profile: Profile, path: Path) -> Iterator[Finding]:
     needs = [
         ("cores", cores, [int(node[0].rstrip("+")) for node in nodes.values()]),
         ("MB of memory", round((profile.memory_gb or 0) * 1024), [int(node[1].rstrip("+")) for node in nodes.values()]),
-        ("GPUs", profile.gpus, [_gpus(node[2]) for node in nodes.values()]),
+        ("GPUs", profile.gpus, [sum(n for _, n in gpus(node[2])) for node in nodes.values()]),
     ]
     for unit, wanted, there in needs:
         enough = sum(number >= wanted for number in there)
@@ -82,11 +81,6 @@ def _sizes(profile: Profile, path: Path) -> Iterator[Finding]:
         yield Finding(
             "fault", "time_min", f"{profile.time_min} is above the partition's limit of {limit:.0f}: correct {path}"
         )
-
-
-def _gpus(gres: str) -> int:
-    """GPUs in a gres string such as `gpu:a100:8(S:0-1),ssd:1`."""
-    return sum(int(number) for number in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
 
 
 def _acceptance(profile: Profile, path: Path) -> Finding:

@@ -69,17 +69,21 @@ def _accounts() -> list[str]:
 def parse_node(line: str) -> Nodes:
     """A line of sinfo's `%P|%l|%c|%m|%G`."""
     partition, limit, cores, memory, gres = line.split("|")
-    gpus = re.findall(r"gpu(?::([^:,()]+))?:(\d+)", gres)
-    types = {name for name, _ in gpus if name and not name.isdigit()}
+    types = {name for name, _ in gpus(gres) if name}
     return Nodes(
         partition.rstrip("*"),
         partition.endswith("*"),
         minutes(limit),
         int(cores.rstrip("+")),
         int(memory.rstrip("+")),
-        sum(int(number) for _, number in gpus),
+        sum(number for _, number in gpus(gres)),
         types.pop() if len(types) == 1 else None,
     )
+
+
+def gpus(gres: str) -> list[tuple[str, int]]:
+    """Type, empty where it has none, and number of the GPUs in a gres string such as `gpu:a100:8(S:0-1),ssd:1`."""
+    return [(name, int(number)) for name, number in re.findall(r"gpu(?::([^:,()]+))?:(\d+)", gres)]
 
 
 def minutes(limit: str) -> float:

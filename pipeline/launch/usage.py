@@ -17,6 +17,10 @@ from pipeline.train import history
 @contextmanager
 def recorded(folder: Path, attempt: Attempt, profile: Profile) -> Iterator[None]:
     """Append a line about the block, however it ends."""
+    import torch  # here: `efficiency` needs none
+
+    from pipeline.train.out_of_memory import peak_memory_gb
+
     started, cpu_started = time.monotonic(), time.process_time()
     try:
         yield
@@ -27,16 +31,11 @@ def recorded(folder: Path, attempt: Attempt, profile: Profile) -> Iterator[None]
             "wall_s": time.monotonic() - started,
             "cpu_s": time.process_time() - cpu_started,
             "cpus": profile.cpus,
-            "memory_gb": _peak_memory_gb(),
+            "memory_gb": peak_memory_gb(torch.device("cpu")),
             "memory_asked_gb": asked_gb,
         }
         with suppress(OSError):  # a full disk is another's to report
             history.append(folder / "usage.jsonl", line)
-
-
-def _peak_memory_gb() -> float:
-    """The process's largest resident set, in 2**30 bytes."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def efficiency(folder: Path) -> dict[str, float]:
