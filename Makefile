@@ -18,7 +18,7 @@ APT_BUILD := build-essential pkg-config libopencv-dev libturbojpeg0-dev libjpeg-
 APT_SLURM := slurm-wlm slurmdbd munge mariadb-server
 APT_TRACKING := postgresql chromium texlive-latex-recommended
 
-.PHONY: help setup demo test check soak fresh-machine bench dashboard apt-build apt-test
+.PHONY: help setup demo test check soak fuzz fresh-machine bench dashboard apt-build apt-test
 
 LINT := ruff check .; ruff format --check .; mypy; lint-imports
 SIDE_BY_SIDE := --numprocesses 2 --dist loadscope
@@ -41,8 +41,11 @@ check: setup  ## lint, types, import layers and the tests that take moments: no 
 	@$(LINT)
 	pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST)
 
-soak: setup  ## the fuzzer under AddressSanitizer for an hour (SOAK_S=seconds)
-	@SOAK_S=$(or $(SOAK_S),3600) pytest --timeout=0 tests/test_native.py $(PYTEST)
+soak: setup apt-test  ## random faults on a real Slurm for an hour, then the weights (as root; SOAK_S=seconds SEED=)
+	@cd tests && python soak.py --seconds $(or $(SOAK_S),3600) --seed $(or $(SEED),0) $(SOAK)
+
+fuzz: setup  ## the fuzzer under AddressSanitizer for an hour (FUZZ_S=seconds)
+	@FUZZ_S=$(or $(FUZZ_S),3600) pytest --timeout=0 tests/test_native.py $(PYTEST)
 
 fresh-machine:  ## both README commands in bare Debian systems, made with debootstrap (as root; SUITES=)
 	@./.ci/fresh-machine $(SUITES)

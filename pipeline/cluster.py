@@ -49,7 +49,9 @@ class Profile(Strict):
     """One YAML file in `slurm/`, named by PIPELINE_CLUSTER."""
 
     kind: Literal["local", "slurm"] = Field(description="this machine, or sbatch")
-    nodes: int = Field(default=1, ge=1)
+    nodes: int | str = Field(
+        default=1, description="or a range, as 2..8: starts, and goes on after a lost node, with as many as there are"
+    )
     gpus_per_node: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): all visible ones")
     ranks_per_node: int | None = Field(default=None, ge=1, description="default: one per GPU, or one without GPUs")
     cpus_per_task: int | Literal["auto"] = Field(default="auto", description="'auto' (local only): cores / ranks")
@@ -62,7 +64,7 @@ class Profile(Strict):
     compile: bool = Field(default=False, description="training's blocks through torch.compile")
     checkpoint_interval_s: float = Field(default=600, gt=0)
     stall_min: float = Field(
-        default=30, ge=0, description="minutes without a step after which a training is ended and retried; 0: never"
+        default=30, ge=0, description="minutes without a step or batch after which a job is ended and retried; 0: never"
     )
     validations: int = Field(
         default=30,
@@ -102,6 +104,9 @@ class Profile(Strict):
 
     @model_validator(mode="after")
     def _kinds_differ(self) -> "Profile":
+        fewest, most = self.node_range  # raises ValueError
+        if not 1 <= fewest <= most:
+            raise ValueError(f"nodes: {self.nodes} must be a number from 1 on, or a range as 2..8")
         if self.kind == "local":
             if self.nodes != 1:
                 raise ValueError("kind local has one node; use kind slurm for more")
@@ -145,8 +150,19 @@ class Profile(Strict):
         return self.ranks_per_node or max(1, self.gpus)
 
     @property
+    def node_range(self) -> tuple[int, int]:
+        """The fewest and the most nodes of a job: the same number unless `nodes` is a range."""
+        if isinstance(self.nodes, int):
+            return self.nodes, self.nodes
+        match = re.fullmatch(r"(\d+)\.\.(\d+)", self.nodes)
+        if match is None:
+            raise ValueError(f"nodes: {self.nodes} must be a number, or a range as 2..8")
+        return int(match[1]), int(match[2])
+
+    @property
     def world_size(self) -> int:
-        return self.nodes * self.ranks_here
+        """Ranks of a job that has all its nodes."""
+        return self.node_range[1] * self.ranks_here
 
     @property
     def cpus(self) -> int:
@@ -209,6 +225,26 @@ def split(
             f"{enough} ranks, or max_images_per_device: {share} (activation_checkpointing: true saves memory)"
         )
     return BatchSplit(share, _micro_batch_size(share, max_images_per_device), accumulates)
+
+
+def usable_nodes(profile: Profile, batch_size: int, *, accumulates: bool = True) -> list[int]:
+    """The numbers of nodes in a profile's range over whose ranks a global batch can be spread, ascending.
+
+    Raises:
+        UserError: there is none.
+    """
+    fewest, most = profile.node_range
+    found = []
+    for nodes in range(fewest, most + 1):
+        try:
+            split(batch_size, nodes * profile.ranks_here, profile.max_images_per_device, accumulates=accumulates)
+        except UserError as error:
+            reason = error
+        else:
+            found.append(nodes)
+    if not found:
+        raise reason
+    return found
 
 
 def _micro_batch_size(share: int, most: int) -> int:

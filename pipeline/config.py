@@ -88,6 +88,9 @@ class ClassificationRecipe(Strict):
     random_resized_crop_ratio: tuple[float, float]
     horizontal_flip: float = Field(ge=0, le=1)
     rand_augment: Literal["rand-m9-mstd0.5-inc1"] | None
+    order: Literal["random", "quasi_random"] = Field(
+        default="random", description="of an epoch; quasi_random reads region by region, for a .beton above the memory"
+    )
     precision: Precision = Field(description="see `Precision`; 'auto' is bf16 where the device computes it, else fp32")
 
     @property

@@ -20,12 +20,11 @@ from pipeline.errors import UserError
 from pipeline.launch.ahead import RWLOCK
 from pipeline.launch.check import try_job
 from pipeline.launch.scheduler import Finding, scheduler_of
-from pipeline.tasks.classification.description import CLASSIFIER, IMAGENET, TEST_SETS, classes_of
+from pipeline.tasks.classification.description import IMAGENET, TEST_SETS, classes_of
 from pipeline.tasks.description import load
 
 DVC = Path(".dvc")
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "fault": "[red]✗[/]"}
-LOADED, LOADED_BATCHES = 64, 4
 TESTED_PYTHONS = ("3.11", "3.12", "3.13")
 PACKAGES = ("torch", "torchvision", "timm", "ffcv", "dvc", "mlflow", "submitit")
 
@@ -222,35 +221,33 @@ def _split(params: Params) -> Iterator[Finding]:
         }
         for (batch, accumulates), variant in batches.items():
             try:
-                split = cluster.split(batch, profile.world_size, profile.max_images_per_device, accumulates=accumulates)
+                nodes = cluster.usable_nodes(profile, batch, accumulates=accumulates)
             except UserError as error:
                 yield Finding("fault", task.section, f"{variant}: {error}")
                 continue
-            text = f"batch {batch} = {profile.world_size} ranks x {split.accumulation} x {split.micro_batch_size}"
+            ranks = nodes[-1] * profile.ranks_here
+            split = cluster.split(batch, ranks, profile.max_images_per_device, accumulates=accumulates)
+            text = f"batch {batch} = {ranks} ranks x {split.accumulation} x {split.micro_batch_size}"
+            if isinstance(profile.nodes, str):
+                text += f"; can be spread over {', '.join(map(str, nodes))} nodes of {profile.nodes}"
             yield Finding("ok", task.section, text)
 
 
 def _loading(params: Params) -> Iterator[Finding]:
-    """Whether a rank's cores load as fast as its GPU trains: measured with one worker, from where the .beton lies."""
+    """Whether a rank's cores load as fast as its GPU trains, and whether the .beton fits into the node's memory."""
     profile, beton = cluster.load_profile(paths.cluster_profile()), IMAGENET.beton(IMAGENET.training)
-    trained = CLASSIFIER.variants(params) if not CLASSIFIER.takes_released(params) else []
-    if not profile.gpus or not trained or not beton.exists():
+    loading = plan.loading(params, profile)
+    if loading is None:
         return
-    from pipeline.data.loaders import train_loader
-
-    size = params.classification.recipe_for(trained[0]).image_size
-    batches = iter(train_loader(beton, batch_size=LOADED, seed=0, epoch=0, workers=1, image_size=size))
-    next(batches)
-    started = time.monotonic()
-    loaded = sum(len(batch.images) for batch, _ in zip(batches, range(LOADED_BATCHES), strict=False))
-    per_rank = loaded / (time.monotonic() - started) * profile.cpus
-    needed, basis = max(plan.images_per_s(params, CLASSIFIER, variant) for variant in trained)
-    text = f"{profile.cpus} cores per rank load about {per_rank:,.0f} images/s; a GPU trains {needed:,.0f} ({basis})"
-    if per_rank > needed:
-        yield Finding("ok", "loading", text)
-    else:
-        advice = "more cpus_per_task, imagenet.storage: compact, or local_copy if the disk is slow"
-        yield Finding("note", "loading", f"{text}: GPUs will wait; {advice}")
+    yield Finding("ok" if loading.suffices else "note", "loading", loading.text)
+    if profile.memory_gb is not None and (size_gb := beton.stat().st_size / 1e9) > profile.memory_gb:
+        yield Finding(
+            "note",
+            "loading",
+            f"{beton} has {size_gb:.3g} GB, and a job {profile.memory_gb:g} of a node's memory: images come from disk "
+            "again at each epoch; more memory_gb, local_copy on a fast disk, imagenet.storage: compact, or "
+            "classification.recipe.order: quasi_random (docs/speed.md says what that changes)",
+        )
 
 
 def _released(params: Params) -> Iterator[Finding]:

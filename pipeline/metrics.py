@@ -15,7 +15,8 @@ class ClassificationMeter:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         # float64 counts exactly up to 2^53: correct in top 1, in top 5, cross-entropy, images.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        """This rank's `(4,)`, float64."""
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -28,7 +29,7 @@ class ClassificationMeter:
         hits = ranked == labels.unsqueeze(1)
         loss = nn.functional.cross_entropy(logits, labels, reduction="none").double().sum()
         images = torch.full_like(loss, len(labels))
-        self._sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, images])
+        self.sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, images])
 
     def compute(self) -> dict[str, float]:
         """`top1`, `top5` in percent, `loss` (mean cross-entropy, nats), `images`, over all ranks.
@@ -36,7 +37,7 @@ class ClassificationMeter:
         A collective call: when torch.distributed is initialised every rank makes it, and every
         rank gets the same numbers. Raises ValueError if no image was counted.
         """
-        sums = self._sums.clone()
+        sums = self.sums.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
         top1, top5, loss, images = sums.tolist()

@@ -8,6 +8,7 @@ training step counting as three forward passes.
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,11 +21,12 @@ from rich.table import Table
 
 from pipeline import cluster, paths
 from pipeline.catalogue import COMPARISONS, DATA_SETS, RELEASED_STAGES, TASKS
+from pipeline.cluster import Profile
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
 from pipeline.paper import label, numbers
 from pipeline.paper.spread import Spread
-from pipeline.tasks.classification.description import CLASSIFIER
+from pipeline.tasks.classification.description import CLASSIFIER, IMAGENET
 from pipeline.tasks.description import DataSet, Task
 
 GUIDE_IMAGES = 310 * 1_281_167
@@ -33,6 +35,9 @@ REFERENCE = "poolformer_s12"
 STEP_IN_FORWARD_PASSES = 3
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """Weights and AdamW's two moments, float32. Two checkpoints are kept while a run goes on."""
+
+LOADED, LOADED_BATCHES = 64, 4
+"""Images per batch, and batches, that are loaded to see how fast that is."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ def show(console: Console, price_per_gpu_hour: float | None) -> None:
             "The hours are one RTX 3090's. For this cluster's own, rehearse with a few steps (see "
             "experiments/rehearsal/), then plan again."
         )
+    if (found := loading(params, profile)) is not None:
+        console.print(f"Loading: {found.text}.")
     if params.comparable:
         for line in powers(params):
             console.print(line)
@@ -193,6 +200,36 @@ def images_per_s(params: Params, task: Task, variant: str) -> tuple[float, str]:
     rate = _rate(params, task, variant)
     gmacs = task.forward_gmacs(variant, task.params(params).recipe_for(variant).input_px)
     return 1 / (rate.seconds_per_gmac * gmacs * STEP_IN_FORWARD_PASSES), rate.basis
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Whether a rank's cores load images as fast as its GPU trains on them."""
+
+    suffices: bool
+    text: str
+
+
+def loading(params: Params, profile: Profile) -> Loading | None:
+    """Measured with one worker for a moment, from where the .beton lies; None without one, or without GPUs."""
+    beton = IMAGENET.beton(IMAGENET.training)
+    trained = CLASSIFIER.variants(params) if not CLASSIFIER.takes_released(params) else []
+    if not profile.gpus or not trained or not beton.exists():
+        return None
+    from pipeline.data.loaders import train_loader
+
+    size = params.classification.recipe_for(trained[0]).image_size
+    batches = iter(train_loader(beton, batch_size=LOADED, seed=0, epoch=0, workers=1, image_size=size))
+    next(batches)
+    started = time.monotonic()
+    loaded = sum(len(batch.images) for batch, _ in zip(batches, range(LOADED_BATCHES), strict=False))
+    per_rank = loaded / (time.monotonic() - started) * profile.cpus
+    needed, basis = max(images_per_s(params, CLASSIFIER, variant) for variant in trained)
+    text = f"{profile.cpus} cores per rank load about {per_rank:,.0f} images/s; a GPU trains {needed:,.0f} ({basis})"
+    if per_rank > needed:
+        return Loading(True, text)
+    advice = "more cpus_per_task, imagenet.storage: compact, or local_copy if the disk is slow"
+    return Loading(False, f"{text}: GPUs will wait; {advice}")
 
 
 def _evaluation_gmacs(params: Params, task: Task, variant: str) -> float:

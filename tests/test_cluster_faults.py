@@ -471,6 +471,36 @@ def test_a_node_on_which_a_job_fails_is_not_taken_again(training: Training) -> N
     training.assert_nothing_left()
 
 
+def test_a_job_whose_node_is_gone_goes_on_with_fewer(training: Training) -> None:
+    """And one whose batch cannot be spread over the nodes that it was given gives the others back."""
+    cluster = training.cluster
+    training.compose(100_000)
+    with profile(training, PROFILE.replace("nodes: 2", "nodes: 1..2")):
+        stage = training.start()
+        wait_until(lambda: training.step() >= INTERVAL, "the first steps", PATIENCE_S)
+        assert len(training.ranks()) == 2
+        try:
+            disturb(training, "a node that is lost for good, nodes: 1..2", lambda: cluster.kill("n2"))
+            before = training.step()
+            wait_until(lambda: training.step() >= before + INTERVAL, "steps on one node", PATIENCE_S)
+            assert len(training.ranks()) == 1
+        finally:
+            cluster.up()
+        used = [json.loads(line)["ranks"] for line in (training.folder / "history.jsonl").read_text().splitlines()]
+        assert used == sorted(used, reverse=True)
+        assert set(used) == {1, 2}
+        training.checkout.pipeline("cancel", "train_classifier", "poolformer_s12-0")
+        assert stage.wait(timeout=PATIENCE_S) == 1
+    forget(training)
+    settings = ("scale=demo", "classification.train=[poolformer_s12]", "classification.recipe.max_steps=2")
+    training.checkout.pipeline("compose", *settings, "classification.recipe.global_batch_size=33")
+    with profile(training, PROFILE.replace("nodes: 2", "nodes: 1..3")):
+        training.finish(training.start())
+    assert "the batch cannot be spread over 2 nodes: giving back all but 1" in training.log()
+    assert json.loads((training.folder / "history.jsonl").read_text())["ranks"] == 1
+    training.assert_nothing_left()
+
+
 def kill_once(process: psutil.Process | None, killed: set[int]) -> bool:
     """kill -9 of a process that is not in `killed`."""
     if process is None or process.pid in killed:

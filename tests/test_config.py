@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from pydantic import ValidationError
 
 from pipeline import cluster
+from pipeline.cluster import Profile, usable_nodes
 from pipeline.config import VARIANT_NAMES as VARIANTS
 from pipeline.config import Params, check_variant, load_params, validate
 from pipeline.errors import UserError
@@ -111,6 +113,21 @@ def test_compose_refuses_unknown_keys_and_writes_nothing(in_checkout: Path) -> N
 def test_split(batch: int, ranks: int, most: int, expected: tuple[int, int, int]) -> None:
     split = cluster.split(batch, ranks, most)
     assert (split.per_rank, split.micro_batch_size, split.accumulation) == expected
+
+
+def test_a_range_of_nodes_uses_those_over_which_the_batch_can_be_spread() -> None:
+    profile = Profile(kind="slurm", nodes="2..8", gpus_per_node=8, cpus_per_task=1)
+    assert profile.node_range == (2, 8)
+    assert profile.world_size == 64
+    assert usable_nodes(profile, 4096) == [2, 4, 8]
+    assert usable_nodes(profile, 4096, accumulates=False) == [4, 8], "128 images fit on a device"
+    with pytest.raises(UserError, match="a global batch of 100 cannot be spread evenly over 64 ranks"):
+        usable_nodes(profile, 100)
+    for wrong in ("2-8", "8..2", "0..2", 0, "many"):
+        with pytest.raises(ValidationError, match=r"as 2\.\.8"):
+            Profile(kind="slurm", nodes=wrong, gpus_per_node=8, cpus_per_task=1)
+    with pytest.raises(ValidationError, match="kind local has one node"):
+        Profile(kind="local", nodes="1..2")
 
 
 def test_an_uneven_split_is_refused() -> None:

@@ -371,7 +371,9 @@ def test_help_is_quick_and_wrong_words_are_clear(checkout: Checkout) -> None:
 def test_doctor_says_whether_loading_keeps_up_with_a_gpu(finished: Checkout) -> None:
     (finished.folder / "slurm/gpu.yaml").write_text("kind: local\ngpus_per_node: 1\ncpus_per_task: 8\n")
     said = finished.pipeline("doctor", check=False, PIPELINE_CLUSTER="slurm/gpu.yaml").stdout
+    planned = finished.pipeline("plan", PIPELINE_CLUSTER="slurm/gpu.yaml").stdout
     (finished.folder / "slurm/gpu.yaml").unlink()
+    assert re.search(r"Loading: 8 cores per rank load about [\d,]+ images/s; a GPU trains ", planned)
     found = re.search(
         r"8 cores per rank load about ([\d,]+) images/s; a GPU trains ([\d,]+) \(", " ".join(said.split())
     )

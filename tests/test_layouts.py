@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from rank_pool import RunOnRanks
 from pipeline import device as ranks
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.models import create_classifier
+from pipeline.models import create_classifier, create_segmenter
+from pipeline.tasks.classification import evaluation as classifier_evaluation
 from pipeline.tasks.classification.evaluation import ValidationSet
+from pipeline.tasks.segmentation import evaluation as segmenter_evaluation
 from pipeline.tasks.segmentation import training as segmenter_training
 from pipeline.train import history
 
@@ -232,6 +234,55 @@ def validated(world: ranks.World, betons: list[Path]) -> tuple[dict[str, float],
     model = create_classifier("poolformer_s12", CLASSES).train()
     images = ValidationSet(str(betons[world.rank]), image_size=32, crop_fraction=1.0, precision="fp32")
     return images.measure(model, world, batch_size=16), model.training
+
+
+def validated_until_told(world: ranks.World, beton: Path) -> dict[str, float] | None:
+    """Rank 1 has to stop."""
+    model = create_classifier("poolformer_s12", CLASSES).train()
+    images = ValidationSet(str(beton), image_size=32, crop_fraction=1.0, precision="fp32")
+    return images.measure(model, replace(world, should_stop=lambda: world.rank == 1), batch_size=16)
+
+
+def test_a_validation_pass_stops_on_all_ranks_when_one_has_to(data: Path, on_ranks: RunOnRanks) -> None:
+    assert on_ranks(2, validated_until_told, data / "images.beton") == [None, None]
+
+
+def evaluated(world: ranks.World, task: str, data: Path, folder: Path, stop_after: tuple[int, int]) -> bool:
+    """An evaluation in which each rank is told to stop after so many batches of its own; 0: never."""
+    calls = count(1)
+    world = replace(world, should_stop=lambda: next(calls) == stop_after[world.rank])
+    profile = Profile(kind="local", max_images_per_device=16, checkpoint_interval_s=1000)
+    common = {"variant": "poolformer_s12", "num_classes": CLASSES, "weights": str(folder.parent / f"{task}.pt")}
+    if task == "classifier":
+        beton = str(data / "images.beton")
+        return classifier_evaluation.evaluate(
+            world, folder, profile, beton=beton, image_size=32, crop_fraction=1.0, precision="fp32", **common
+        )
+    settings = {"scale": [64, 64], "size_divisor": 32, "multi_scale_ratios": [0.5, 1.0], "precision": "fp32"}
+    return segmenter_evaluation.evaluate(
+        world, folder, profile, beton=str(data / "scenes.beton"), settings=settings, **common
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "stops"), [("classifier", [(3, 3), (1, 0)]), ("segmenter", [(2, 9), (40, 20), (0, 3)])]
+)
+def test_an_evaluation_that_is_told_to_stop_goes_on_and_counts_each_image_once(
+    data: Path, on_ranks: RunOnRanks, tmp_path: Path, task: str, stops: list[tuple[int, int]]
+) -> None:
+    """Both ranks after the same batch, and one rank alone or earlier; the segmenter's in other passes, too."""
+    torch.manual_seed(0)
+    model = (create_classifier if task == "classifier" else create_segmenter)("poolformer_s12", CLASSES)
+    torch.save(model.state_dict(), tmp_path / f"{task}.pt")
+    assert on_ranks(2, evaluated, task, data, tmp_path / "whole", (0, 0)) == [True, True]
+    for stop_after in stops:
+        assert on_ranks(2, evaluated, task, data, tmp_path / "stopped", stop_after) == [False, False]
+        assert not (tmp_path / "stopped/out").exists()
+    assert len(list((tmp_path / "stopped/checkpoints").iterdir())) == 2
+    assert on_ranks(2, evaluated, task, data, tmp_path / "stopped", (0, 0)) == [True, True]
+    assert {path.name for path in (tmp_path / "whole/out").iterdir()} >= {"metrics.json", "predictions.parquet"}
+    for path in (tmp_path / "whole/out").iterdir():
+        assert path.read_bytes() == (tmp_path / "stopped/out" / path.name).read_bytes(), path.name
 
 
 def test_a_rank_that_cannot_read_the_validation_images_ends_no_training(data: Path, on_ranks: RunOnRanks) -> None:

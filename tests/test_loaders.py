@@ -14,10 +14,12 @@ import timm.data
 import torch
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline import Compiler
+from layout_runs import CLASSIFICATION
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data.auto_augment import NAME_TO_OP
 
+from pipeline import device
 from pipeline.data.beton import open_beton
 from pipeline.data.convert import convert_image_folder
 from pipeline.data.draws import (
@@ -29,6 +31,7 @@ from pipeline.data.draws import (
 from pipeline.data.loaders import Batch, BatchLoader, TrainAugmentation, epoch_order, eval_loader, train_loader
 from pipeline.data.random import CLASSIFIER_AUGMENTATION, uniforms
 from pipeline.errors import UserError
+from pipeline.tasks.classification.training import ClassificationTask
 
 IMAGE_SIZE = 48
 NUM_IMAGES = 43
@@ -182,6 +185,16 @@ def test_quasi_random_order_stays_within_few_pages_at_a_time() -> None:
     assert sorted(order) == list(range(10_000))
     assert len(set(pages[order[:1280]])) == 128
     assert not np.array_equal(order, quasi_random_order(pages, seed=0, epoch=1))
+
+
+def test_a_recipe_chooses_the_order_of_its_epochs(beton: Path) -> None:
+    changes = {"global_batch_size": 8, "max_steps": 10, "image_size": IMAGE_SIZE}
+    for order in ("random", "quasi_random"):
+        recipe = CLASSIFICATION.model_copy(update=changes | {"order": order})
+        task = ClassificationTask("poolformer_s12", recipe, 3, beton, 5, device.alone())
+        seen = [step.sample_ids.tolist() for step in task.steps(0)]
+        epochs = [train(beton, epoch=epoch, order=order) for epoch in (0, 1)]
+        assert seen == [batch.sample_ids.tolist() for epoch in epochs for batch in epoch]
 
 
 @pytest.mark.parametrize(("image_size", "crop_fraction"), [(IMAGE_SIZE, 0.9), (32, 1.0)])

@@ -1,6 +1,6 @@
 """The C code under sanitizers, fuzzed against Pillow, and its callers beside threads that allocate and draw.
 
-`make soak` gives the fuzzer an hour in place of some seconds (SOAK_S).
+`make fuzz` gives the fuzzer an hour in place of some seconds (FUZZ_S).
 """
 
 import json
@@ -29,7 +29,7 @@ from pipeline.tasks.on_device import Mixing, erase, mix, normalise
 
 pytestmark = pytest.mark.slow
 
-SOAK_S = float(os.environ.get("SOAK_S", "0"))
+FUZZ_S = float(os.environ.get("FUZZ_S", "0"))
 PLAIN_ADD = "*(volatile int64_t *)&batch->next; *(volatile int64_t *)&batch->next = i + 1"
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -98,8 +98,8 @@ def test_the_sanitizers_find_what_is_wrong(
 
 
 def test_mutated_jpegs_have_pillows_pixels_or_are_refused_and_crash_nothing(tmp_path: Path) -> None:
-    seed = int(time.time()) if SOAK_S else 1
-    done = run_script("jpeg_fuzzer.py", SOAK_S or 10, seed, cwd=tmp_path, env=built_with("address", tmp_path))
+    seed = int(time.time()) if FUZZ_S else 1
+    done = run_script("jpeg_fuzzer.py", FUZZ_S or 10, seed, cwd=tmp_path, env=built_with("address", tmp_path))
     assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
     seen = json.loads(done.stdout)
     assert min(seen["refused"], seen["stored as JPEG"], seen["stored as pixels"]) > 10, seen

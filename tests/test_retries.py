@@ -72,7 +72,9 @@ def test_a_node_on_which_a_run_failed_is_avoided_until_it_makes_progress(run_fol
 
 
 def parameters(start: Next, profile: Profile) -> dict[str, Any]:
-    return dict(slurm._parameters(Path("jobs"), "t", profile, Path("code"), "n", None, start)["additional_parameters"])
+    sizes = [int(profile.nodes)]
+    made = slurm._parameters(Path("jobs"), "t", profile, Path("code"), "n", None, start, sizes)
+    return dict(made["additional_parameters"])
 
 
 def test_a_resubmission_waits_and_excludes_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,18 +111,57 @@ def test_the_batch_script_requeues_elsewhere_and_later(run_folder: Path, asked: 
         (run_folder / name).write_text(f"#!/bin/bash\n{text}")
         (run_folder / name).chmod(0o755)
     (run_folder / "jobs/7.again").write_text(asked)
-    script = ["trap : TERM", "id=7", f"jobs={run_folder}/jobs", "true", *slurm._afterwards(run_folder, SLURM_PROFILE)]
+    script = [
+        "trap : TERM",
+        "id=7",
+        f"jobs={run_folder}/jobs",
+        "true",
+        *slurm._afterwards(run_folder, SLURM_PROFILE, [1]),
+    ]
     variables = {
         "PATH": f"{run_folder}:/usr/bin:/bin",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_PARTITION": "p",
-        "SLURM_JOB_NUM_NODES": "1",
     }
     done = subprocess.run(["bash", "-c", "\n".join(script)], env=variables, capture_output=True, text=True)
     assert done.stderr == ""
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"update JobId=7 {update}" for update in updates]
     assert not (run_folder / "jobs/7.again").exists()
+
+
+@pytest.mark.parametrize(("given", "used"), [(8, 8), (7, 4), (3, 2), (2, 2)])
+def test_a_job_gives_back_the_nodes_over_which_its_batch_cannot_be_spread(
+    run_folder: Path, given: int, used: int
+) -> None:
+    scontrol = run_folder / "scontrol"
+    scontrol.write_text('#!/bin/bash\necho "$*" >&2\necho export SLURM_JOB_NODELIST=fewer > slurm_job_7_resize.sh\n')
+    scontrol.chmod(0o755)
+    lines = [
+        "set -e",
+        *slurm._with_usable_nodes([2, 4, 8]),
+        "echo $SLURM_NNODES $SLURM_JOB_NUM_NODES $SLURM_JOB_NODELIST",
+    ]
+    variables = {
+        "PATH": f"{run_folder}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": str(given),
+        "SLURM_JOB_NUM_NODES": str(given),
+        "SLURM_JOB_NODELIST": "all",
+    }
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{used} {used} {'all' if used == given else 'fewer'}"
+    assert done.stderr.strip() == ("" if used == given else f"update JobId=7 NumNodes={used}")
+
+
+def test_a_range_of_nodes_asks_for_no_number_of_tasks() -> None:
+    """With one, Slurm gives the fewest nodes whatever is free."""
+    profile = Profile(kind="slurm", nodes="2..8", gpus_per_node=4, cpus_per_task=6)
+    made = slurm._parameters(Path("jobs"), "t", profile, Path("code"), "n", None, Next(), [2, 4, 8])
+    assert (made["nodes"], made["cpus_per_task"]) == ("2-8", 24)
+    assert "ntasks_per_node" not in made
+    assert "--ntasks-per-node=4" in made["srun_args"]
+    assert "export SRUN_CPUS_PER_TASK=6" in made["setup"]
 
 
 @pytest.mark.parametrize(("line", "goes_on"), [("false", False), ("[ a = b ] && export X=1", True), ("true", True)])
@@ -130,7 +171,7 @@ def test_a_set_up_line_that_fails_ends_the_attempt_and_names_the_node(
     """The batch script's lines before srun."""
     profile = SLURM_PROFILE.model_copy(update={"setup": (line, "echo later")})
     (run_folder / "t.pkl").touch()
-    lines = [*slurm._before(run_folder, "t", profile, run_folder), "false", "echo srun comes here"]
+    lines = [*slurm._before(run_folder, "t", profile, run_folder, [1]), "false", "echo srun comes here"]
     variables = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_CPUS_PER_TASK": "1"}
     done = subprocess.run(["bash", "-c", "\n".join(lines)], env=variables, capture_output=True, text=True)
     assert ("srun comes here" in done.stdout) is goes_on, done.stderr

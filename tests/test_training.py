@@ -147,6 +147,27 @@ def test_a_validation_pass_that_failed_leaves_no_line(tmp_path: Path) -> None:
     assert history.read(tmp_path / "failed/validation.jsonl") == []
 
 
+def test_a_run_that_has_to_stop_in_a_validation_pass_makes_it_again(tmp_path: Path) -> None:
+    whole = run(ToyTask(), tmp_path / "whole", validation=LOOKS)
+    answers = iter([None])
+
+    def at_step(model: nn.Module) -> dict[str, float] | None:
+        step = history.read(tmp_path / "stopped/history.jsonl")[-1]["step"]
+        return None if step == 20 and next(answers, 0) is None else measure(model)
+
+    run(ToyTask(), tmp_path / "stopped", validation=Validation(10, at_step))
+    assert history.read(tmp_path / "stopped/history.jsonl")[-1]["step"] == 20
+    (newest,) = [path for path in (tmp_path / "stopped/checkpoints").iterdir() if path.name.startswith("step-20-")]
+    resumed = run(ToyTask(), tmp_path / "stopped", validation=LOOKS)
+    assert newest.name not in [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()]
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    looks = [
+        [(look["step"], look["top1"]) for look in history.read(tmp_path / name / "validation.jsonl")]
+        for name in ("whole", "stopped")
+    ]
+    assert looks[0] == looks[1]
+
+
 class StageTask(ToyTask):
     """A real stage in the middle, of one block with drop path."""
 

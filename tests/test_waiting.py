@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -205,6 +206,29 @@ def test_a_rank_without_steps_is_ended_with_its_stacks_in_the_log(tmp_path: Path
     assert not error["is_user_error"]
     assert run(1.0, "end").returncode == 0
     assert run(0.0, "end").returncode == 0
+
+
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+from pipeline.launch import stall
+from pipeline.launch.attempts import Attempt
+steps = 0
+with stall.ended_without_steps(lambda: steps, 2.0, Path(sys.argv[1]), Attempt("7", 0), 0):
+    print("begins", flush=True)
+    for steps in range(30):
+        time.sleep(0.1)
+"""
+
+
+def test_a_rank_of_a_job_that_was_suspended_is_not_one_that_stands_still(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SUSPENDED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=60) == 0
 
 
 def test_the_table_says_how_long_a_training_has_written_nothing(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def quasi_random_order(pages: npt.NDArray[np.integer], seed: int, epoch: int) ->
     """An epoch's permutation that reads few places of the file at a time.
 
     `pages` is the page of the file that each sample lies in. The pages are shuffled, and then the
-    samples within every `QUASI_RANDOM_PAGES` of them: 1 GB of reading with FFCV's 8 MB pages.
+    samples within every `QUASI_RANDOM_PAGES` of them: 1 GB of reading with FFCV's 8 MB pages. Where the file is in the
+    order of the classes, a batch has images of few of them (docs/speed.md).
     """
     random = generator(CLASSIFIER_ORDER, seed, epoch=epoch)
     _, page = np.unique(pages, return_inverse=True)

@@ -143,11 +143,13 @@ def eval_loader(
     crop_fraction: float = 0.9,
     rank: int = 0,
     world_size: int = 1,
+    first: int = 0,
 ) -> BatchLoader:
     """Every image of the file once, over all ranks, in the file's order, without padding.
 
-    A rank yields its contiguous share in batches of `batch_size`, the last one smaller. The pixels are those of timm's
-    evaluation transform: the short side to `image_size / crop_fraction`, bicubic, centre crop.
+    A rank yields its contiguous share, from image `first` of it on, in batches of `batch_size`, the last one smaller.
+    The pixels are those of timm's evaluation transform: the short side to `image_size / crop_fraction`, bicubic, centre
+    crop.
 
     Raises:
         UserError: the file cannot be used.
@@ -159,7 +161,7 @@ def eval_loader(
     def plan(sample_ids: Ints, widths: Ints, heights: Ints) -> Records:
         return eval_plans(widths, heights, image_size=image_size, crop_fraction=crop_fraction)
 
-    return BatchLoader(reader, np.arange(start, end, dtype=np.int64), batch_size, workers, image_size, plan)
+    return BatchLoader(reader, np.arange(start + first, end, dtype=np.int64), batch_size, workers, image_size, plan)
 
 
 def _make_images(sample_ids: Ints, rows: Records, storage: Any, plan: Planner, image_size: int, workers: int) -> Tensor:

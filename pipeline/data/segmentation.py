@@ -146,8 +146,9 @@ def segmentation_eval_loader(
     ratios: Sequence[float] = (1.0,),
     rank: int = 0,
     world_size: int = 1,
+    first: int = 0,
 ) -> SegmentationLoader[SegmentationEvalBatch]:
-    """Every image of the .beton exactly once over all ranks, one at a time.
+    """Every image of the .beton exactly once over all ranks, one at a time; `first` of a rank's share are left out.
 
     An image is resized into `scale` (longest and shortest side, in px) keeping its ratio, then both
     sides up to a multiple of `size_divisor` ("aligned resize") unless that is None; once for each
@@ -157,7 +158,7 @@ def segmentation_eval_loader(
         UserError: the .beton cannot be used.
     """
     samples = _Samples(beton)
-    ids = np.arange(rank, len(samples), world_size, dtype=np.int64)
+    ids = np.arange(rank, len(samples), world_size, dtype=np.int64)[first:]
     pool = ThreadPoolExecutor(workers)
 
     def one(sample_id: int) -> SegmentationEvalBatch:

@@ -88,10 +88,14 @@ def write_folders(jobs: Path, folders: list[Path]) -> None:
         temporary.write_text(json.dumps([str(folder.absolute()) for folder in folders]))
 
 
+def run_folders(jobs: Path) -> list[Path]:
+    """What `write_folders` recorded."""
+    return [Path(folder) for folder in json.loads((jobs / FOLDERS).read_text())]
+
+
 def run_folder(jobs: Path) -> Path:
     """The run folder of the job that this process is part of."""
-    folders = json.loads((jobs / FOLDERS).read_text())
-    return Path(folders[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))])
+    return run_folders(jobs)[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]
 
 
 def request_requeue(jobs: Path, after: "Next | None" = None) -> None:

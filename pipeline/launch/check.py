@@ -70,7 +70,7 @@ def _sizes(profile: Profile, path: Path) -> Iterator[Finding]:
     ]
     for unit, wanted, there in needs:
         enough = sum(number >= wanted for number in there)
-        if enough < profile.nodes:
+        if enough < profile.node_range[0]:
             text = f"{enough} of {len(nodes)} nodes have the {wanted} {unit} that {profile.nodes} must have (most: "
             yield Finding("fault", "nodes", f"{text}{max(there, default=0)}): correct {path}")
             return
@@ -138,8 +138,9 @@ def try_job(profile: Profile) -> Iterator[Finding]:
         if not entry["locks"]:
             faults.append("got a lock that rank 0 holds: launch from one machine only (flock)")
         yield Finding("fault" if faults else "ok", f"rank {rank}", "; ".join([text, *faults]))
-    if len(ranks) != profile.world_size:
-        yield Finding("fault", "ranks", f"{len(ranks)} instead of {profile.world_size}")
+    allowed = [nodes * profile.ranks_here for nodes in profile.node_range]
+    if not allowed[0] <= len(ranks) <= allowed[1]:
+        yield Finding("fault", "ranks", f"{len(ranks)} instead of {allowed[1]}")
 
 
 def _locks_hold(world: "World", file: Path) -> bool:

@@ -56,7 +56,11 @@ def submit(profile: Profile, targets: Sequence[str]) -> str:
     folder = paths.run(STAGE, NAME)
     with record.launching():
         job = record.read_job(folder)
-        if job is not None and (rows := _jobs(job)):
+        try:
+            rows = _jobs(job) if job is not None else {}
+        except UnreachableError as error:
+            raise UserError(f"Slurm does not answer ({error}): nothing was submitted") from None
+        if rows:
             others = json.loads((folder / "targets.json").read_text())
             if others != list(targets):
                 raise UserError(

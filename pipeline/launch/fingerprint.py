@@ -46,6 +46,8 @@ class Work:
     after: "Upstream | None" = None
     watching: dict[str, Any] = field(default_factory=dict)
     computed: Callable[[], dict[str, Any]] = dict
+    batch: tuple[int, bool] | None = None
+    """Of a training: its global batch, and whether a rank's share of it may be split."""
 
 
 @dataclass(frozen=True)

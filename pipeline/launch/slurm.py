@@ -15,7 +15,7 @@ import psutil
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.launch import attempts, slurm_status
+from pipeline.launch import attempts, record, slurm_status
 from pipeline.launch.attempts import Next
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import Finding, LimitError, RefusedError, Scheduler, Status
@@ -99,7 +99,8 @@ def _sbatch(
     with environment(profile.environment):
         try:
             executor = submitit.SlurmExecutor(jobs, python=_python(profile))
-            executor.update_parameters(**_parameters(jobs, token, profile, code, name, after, start))
+            sizes = _sizes(jobs, profile)
+            executor.update_parameters(**_parameters(jobs, token, profile, code, name, after, start, sizes))
             if len(intents) == 1:
                 return [executor.submit(worker).job_id]
             return [job.job_id for job in executor.submit_array([worker] * len(intents))]
@@ -110,6 +111,20 @@ def _sbatch(
             if _is_submit_limit(text):
                 raise LimitError(f"Slurm's limit on submitted jobs is reached ({text})") from None
             raise RefusedError(f"sbatch refuses the job: {text}; correct {paths.cluster_profile()}") from None
+
+
+def _sizes(jobs: Path, profile: Profile) -> list[int]:
+    """The numbers of nodes that all elements of an array can use, ascending.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    if isinstance(profile.nodes, int):
+        return [profile.nodes]
+    each = [set(record.read_work(folder)["nodes"]) for folder in attempts.run_folders(jobs)]
+    if common := sorted(set.intersection(*each)):
+        return common
+    raise RefusedError("no number of nodes suits the batches of all elements of the array")
 
 
 def _is_submit_limit(text: str) -> bool:
@@ -126,7 +141,8 @@ def script(profile: Profile, scratch: Path) -> Path:
 
     with environment(profile.environment):
         executor = submitit.SlurmExecutor(scratch, python=_python(profile))
-        executor.update_parameters(**_parameters(scratch, "token", profile, scratch, "test", None, Next()))
+        sizes = list(range(profile.node_range[0], profile.node_range[1] + 1))
+        executor.update_parameters(**_parameters(scratch, "token", profile, scratch, "test", None, Next(), sizes))
         place = scratch / "script.sh"
         place.write_text(executor._make_submission_file_text(executor._submitit_command_str, "test"))
     return place
@@ -179,7 +195,7 @@ def resources(profile: Profile) -> dict[str, Any]:
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "nodes": profile.nodes,
+        "nodes": str(profile.nodes).replace("..", "-"),
         "ntasks_per_node": profile.ranks_here,
         "cpus_per_task": profile.cpus,
         "gpus_per_node": ":".join(filter(None, [profile.gpu_type, str(profile.gpus)])) if profile.gpus else None,
@@ -190,10 +206,22 @@ def resources(profile: Profile) -> dict[str, Any]:
 
 
 def _parameters(
-    jobs: Path, token: str, profile: Profile, code: Path, name: str, after: str | None, start: Next
+    jobs: Path,
+    token: str,
+    profile: Profile,
+    code: Path,
+    name: str,
+    after: str | None,
+    start: Next,
+    sizes: Sequence[int],
 ) -> dict[str, Any]:
-    """submitit's parameters for a job whose ranks run the package in `code`."""
-    asked = resources(profile)
+    """submitit's parameters for a job whose ranks run the package in `code`, on one of `sizes` nodes."""
+    asked, ranks = resources(profile), []
+    if len(sizes) > 1:  # with a number of tasks Slurm would give no more nodes than the fewest
+        asked |= {"nodes": f"{sizes[0]}-{sizes[-1]}", "cpus_per_task": profile.ranks_here * profile.cpus}
+        ranks = [f"--ntasks-per-node={asked.pop('ntasks_per_node')}"]
+    else:
+        asked["nodes"] = sizes[0]
     # NONE: a limit of the login node's shell, on memory or processor time, is none of the job's.
     given = {key.replace("_", "-"): value for key, value in profile.additional.items()}
     additional: dict[str, Any] = {"requeue": True, "propagate": "NONE", **given}
@@ -203,7 +231,7 @@ def _parameters(
         additional |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
     if start.delay_s:
         additional["begin"] = f"now+{start.delay_s}"
-    if start.avoid and _nodes_without(start.avoid, profile) >= profile.nodes:
+    if start.avoid and _nodes_without(start.avoid, profile) >= sizes[0]:
         additional["exclude"] = ",".join([*filter(None, [_excluded(profile)]), *start.avoid])
     return {
         **asked,
@@ -212,10 +240,10 @@ def _parameters(
         "signal_delay_s": profile.signal_delay_s,
         "array_parallelism": profile.array_parallelism,
         "stderr_to_stdout": True,
-        "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *profile.srun_args],
+        "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *ranks, *profile.srun_args],
         "wckey": None,  # submitit's own default is refused where keys are enforced
-        "setup": _before(jobs, token, profile, code),
-        "teardown": _afterwards(jobs, profile),
+        "setup": _before(jobs, token, profile, code, sizes),
+        "teardown": _afterwards(jobs, profile, sizes),
         "additional_parameters": additional,
     }
 
@@ -235,7 +263,7 @@ def _nodes_without(avoid: Sequence[str], profile: Profile) -> int:
         return 0
 
 
-def _before(jobs: Path, token: str, profile: Profile, code: Path) -> list[str]:
+def _before(jobs: Path, token: str, profile: Profile, code: Path, sizes: Sequence[int]) -> list[str]:
     """Lines of the batch script before srun. They copy the job's pickle in case its launcher died before doing so."""
     return [
         "trap : TERM  # wait for the ranks, then run the lines after srun",
@@ -244,16 +272,36 @@ def _before(jobs: Path, token: str, profile: Profile, code: Path) -> list[str]:
         f'echo "{attempts.BEGINS} $id.${{SLURM_RESTART_COUNT:-0}}"',
         f'[ -e "$jobs/${{id}}_submitted.pkl" ] || {{ cp "$jobs/{token}.pkl" "$jobs/.$id.pkl" && '
         'mv "$jobs/.$id.pkl" "$jobs/${id}_submitted.pkl"; }',
-        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+        f"export SRUN_CPUS_PER_TASK={profile.cpus}",
         *[f"export {key}={shlex.quote(value)}" for key, value in profile.open_environment.items()],
         f"trap 'echo \"{attempts.SETUP} $SLURMD_NODENAME\"' ERR; set -e",
         *profile.setup,
         "set +e; trap - ERR",
+        *_with_usable_nodes(sizes),
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
     ]
 
 
-def _afterwards(jobs: Path, profile: Profile) -> list[str]:
+def _with_usable_nodes(sizes: Sequence[int]) -> list[str]:
+    """Lines that give back the nodes of a job over which its batch cannot be spread: of 3, where 2 or 4 would do, one.
+
+    scontrol writes a script with the variables of what is left, into its working directory.
+    """
+    if list(sizes) == list(range(sizes[0], sizes[-1] + 1)):
+        return []
+    return [
+        f"for nodes in {' '.join(map(str, reversed(sizes)))}; do [ $nodes -gt $SLURM_JOB_NUM_NODES ] || break; done",
+        "if [ $nodes -lt $SLURM_JOB_NUM_NODES ]; then",
+        '  echo "the batch cannot be spread over $SLURM_JOB_NUM_NODES nodes: giving back all but $nodes"',
+        "  folder=$(mktemp -d)",
+        "  (cd $folder && scontrol update JobId=$SLURM_JOB_ID NumNodes=$nodes) && . $folder/slurm_job_*_resize.sh",
+        "  rm -r $folder",
+        "  export SLURM_NNODES=$nodes SLURM_JOB_NUM_NODES=$nodes",
+        "fi",
+    ]
+
+
+def _afterwards(jobs: Path, profile: Profile, sizes: Sequence[int]) -> list[str]:
     """Lines of the batch script after srun: requeue the job if a rank asked for it or a failure is to be retried.
 
     After a failure it may have to wait, and to avoid nodes, if enough others are up: options of a job that is pending.
@@ -269,7 +317,7 @@ def _afterwards(jobs: Path, profile: Profile) -> list[str]:
         "  change=${delay:+StartTime=now+$delay}",
         f'  up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states={UP} --format=%N | sort -u |'
         " grep -cvxF \"${avoid//,/$'\\n'}\")",
-        f'  [ -z "$avoid" ] || [ "$up" -lt "$SLURM_JOB_NUM_NODES" ] || change="$change ExcNodeList={excluded}$avoid"',
+        f'  [ -z "$avoid" ] || [ "$up" -lt {sizes[0]} ] || change="$change ExcNodeList={excluded}$avoid"',
         "  for attempt in 1 2 3 4 5 6 7 8 9 10; do",
         '    state=$(scontrol show job "$id") && case $state in *JobState=RUNNING*) ;; *) break ;; esac',
         '    scontrol requeue "$id" && { [ -z "$change" ] ||'

@@ -1,4 +1,4 @@
-"""Ends a rank whose training makes no step any more, with the stacks of all its threads in the log.
+"""Ends a rank that makes no step any more, with the stacks of all its threads in the log.
 
 A thread of FFCV or CUDA may die or hang without an error: nothing else would end the job before its time limit.
 """
@@ -25,13 +25,19 @@ OTHERS_S = 10.0
 def ended_without_steps(
     last_step: Callable[[], float], limit_s: float, folder: Path, attempt: Attempt, rank: int
 ) -> Iterator[None]:
-    """End this process if `last_step()` (of `time.monotonic`) is more than `limit_s` ago; 0: never."""
+    """End this process if `last_step()`, a time of any clock, stays the same for `limit_s`; 0: never.
+
+    The time in which a suspended job stands still does not count: this thread stands still then, too.
+    """
     over = threading.Event()
+    wait_s = min(limit_s / 4, 10.0)
 
     def watch() -> None:
-        while not over.wait(min(limit_s / 4, 10.0)):
-            if time.monotonic() - last_step() > limit_s:
-                break
+        seen, idle_s, woke = last_step(), 0.0, time.monotonic()
+        while idle_s <= limit_s and not over.wait(wait_s):
+            now = time.monotonic()
+            idle_s = idle_s + min(now - woke, 2 * wait_s) if last_step() == seen else 0.0
+            seen, woke = last_step(), now
         if over.is_set():
             return
         with suppress(StallError), attempts.errors_of_rank(folder, attempt, rank):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import paths
-from pipeline.cluster import Profile
+from pipeline.cluster import Profile, usable_nodes
 from pipeline.errors import UserError
 from pipeline.launch import attempts, record
 from pipeline.launch.fingerprint import Identity, Work, identify, snapshot
@@ -230,6 +230,9 @@ def _write_work(run: Run, profile: Profile, code: Path) -> str | None:
             arguments[after.argument] = str(after.place)
         else:
             raise UserError(f"{run.label} needs {after.place}, which is missing: run `dvc repro` to make it")
+    sizes = list(range(profile.node_range[0], profile.node_range[1] + 1))
+    if run.work.batch is not None and isinstance(profile.nodes, str):
+        sizes = usable_nodes(profile, run.work.batch[0], accumulates=run.work.batch[1])
     content = {
         "call": run.work.call,
         "arguments": arguments,
@@ -237,6 +240,7 @@ def _write_work(run: Run, profile: Profile, code: Path) -> str | None:
         "snapshot": str(code),
         "code": run.identity.code,
         "inputs": {str(Path(path).absolute()): digest for path, digest in run.identity.inputs.items()},
+        "nodes": sizes,
         "betons": sorted(str(Path(beton).absolute()) for beton in _betons(arguments)),
         "profile": profile.model_dump(mode="json", exclude_unset=True) | {"environment": profile.open_environment},
     }

@@ -15,7 +15,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import paths
-from pipeline.catalogue import TASKS
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import agreement, attempts, record, usage
@@ -148,11 +147,10 @@ class Worker:
                 store.set(f"copies of {rank}", "made")
                 store.wait([f"copies of {other}" for other in range(size)], COPY_TIMEOUT)
             with ranks.join(rank, size, environment.local_rank, profile.cpus, store, stopping) as world:
-                is_training = folder.parent.name in {task.training_stage for task in TASKS.values()}
                 stopping.asked_at = time.monotonic()
                 lively = ended_without_steps(lambda: stopping.asked_at, limit_s, folder, attempt, rank)
                 used = usage.recorded(folder, attempt, profile) if rank == 0 else nullcontext()
-                with used, lively if is_training else nullcontext():
+                with used, lively:
                     finished = bool(call(world, folder, profile, **copies.localised(work["arguments"])))
                 if finished and rank == 0:
                     with paths.written_atomically(folder / "done") as temporary:
@@ -244,7 +242,7 @@ class _Stopping:
         self.watched = (folder, token)
 
     def __call__(self) -> bool:
-        """Asked by a training after each step."""
+        """Asked by a training after each step, and in evaluations and validation passes after each batch."""
         self.asked_at = time.monotonic()
         if self.watched is not None and time.monotonic() - self.checked > CLAIM_S:
             self.checked = time.monotonic()

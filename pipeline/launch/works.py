@@ -51,6 +51,7 @@ def training(params: Params, task: Task, variant: str, seed: int) -> Work | None
         after=after,
         watching=task.watching(params, variant),
         computed=computed,
+        batch=(recipe.global_batch_size, task.accumulates(variant)),
     )
 
 

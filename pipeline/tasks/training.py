@@ -77,7 +77,8 @@ def run_recipe(
         with paths.written_atomically(run_folder / "out/cost.json") as temporary:
             cost = _cost(task, world, records)
             energy = system.energy_kwh(samples)  # of this node; the others do the same work
-            cost["energy_kwh"] = None if energy is None else energy * profile.nodes
+            nodes = cost["rank_hours"] * 3600 / records[-1]["seconds"] / profile.ranks_here  # on average
+            cost["energy_kwh"] = None if energy is None else energy * nodes
             temporary.write_text(json.dumps(cost, indent=2) + "\n")
     return finished
 
@@ -85,7 +86,11 @@ def run_recipe(
 def _cost(task: Task, world: ranks.World, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the training took, resumes included: the numbers that a forecast and the report's cost table rest on."""
     on_gpu = world.device.type == "cuda"
-    rank_hours = records[-1]["seconds"] * world.size / 3600
+    seconds = [0.0, *(record["seconds"] for record in records)]
+    rank_hours = sum(
+        (until - since) * record.get("ranks", world.size) / 3600
+        for since, until, record in zip(seconds, seconds[1:], records, strict=True)
+    )
     return {
         "device": torch.cuda.get_device_name(world.device) if on_gpu else f"{platform.machine()} CPU",
         "ranks": world.size,

@@ -67,10 +67,22 @@ def train(
     started = last_saved = time.monotonic()
     stop_vote = _StopVote(world)
     step, steps = first_step, task.steps(first_step)
+    seconds, saved_step = seconds_before, first_step
+
+    def save(interval_losses: list[float]) -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": seconds}
+        # A run that stops between two lines goes on as if it had not: the next line needs these.
+        state["interval_losses"] = interval_losses
+        checkpoint.save(checkpoints, step, state)
+
     while step < task.total_steps:
         if validation is not None and _is_due(validation, step):
             with torch.compiler.set_stance("force_eager"):  # compiled for training
                 measured = validation.measure(model)
+            if measured is None:  # to stop: the pass is made again at this step
+                if world.is_first and step > saved_step:
+                    save([])
+                break
             if world.is_first and measured:
                 at = {"step": step, "epoch": step / task.steps_per_epoch, "time_ms": round(time.time() * 1000)}
                 history.append(validation_file, {**at, **measured})
@@ -93,13 +105,11 @@ def train(
         if world.is_first:
             log.info(history.progress_line(entry))
             if line_due:
-                history.append(record_file, {**entry, "seconds": seconds, "time_ms": round(time.time() * 1000)})
+                times = {"seconds": seconds, "time_ms": round(time.time() * 1000)}
+                history.append(record_file, {**entry, **times, "ranks": world.size})
             if stop or time.monotonic() - last_saved >= checkpoint_interval_s:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": seconds}
-                # A run that stops between two lines goes on as if it had not: the next line needs these.
-                state["interval_losses"] = [] if line_due else interval.losses
-                checkpoint.save(checkpoints, step, state)
-                last_saved = time.monotonic()
+                save([] if line_due else interval.losses)
+                last_saved, saved_step = time.monotonic(), step
         if stop:
             break
         interval = Interval(world)

@@ -25,8 +25,11 @@ class Validation:
     """A look at the model while it trains. For whoever watches: it changes no result."""
 
     interval_steps: int
-    measure: Callable[[nn.Module], dict[str, float]]
-    """Called on each rank, with the same answer on all, empty if it failed; leaves the model in training mode."""
+    measure: Callable[[nn.Module], dict[str, float] | None]
+    """Called on each rank, with the same answer on all: empty if it failed, None if the run has to stop.
+
+    Leaves the model in training mode.
+    """
 
 
 class Task(Protocol):

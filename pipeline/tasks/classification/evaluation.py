@@ -24,6 +24,7 @@ from pipeline.models.poolformer import create_classifier
 from pipeline.models.released_weights import load_released
 from pipeline.tasks.classification.test_sets import real_accuracy
 from pipeline.tasks.on_device import normalise
+from pipeline.tasks.partial import Partial
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class ValidationSet:
     crop_fraction: float
     precision: Precision
 
-    def loader(self, world: ranks.World, batch_size: int) -> BatchLoader:
-        """The rank's share of the images."""
+    def loader(self, world: ranks.World, batch_size: int, first: int = 0) -> BatchLoader:
+        """The rank's share of the images, from its image `first` on."""
         return eval_loader(
             self.beton,
             batch_size=batch_size,
@@ -57,27 +58,34 @@ class ValidationSet:
             crop_fraction=self.crop_fraction,
             rank=world.rank,
             world_size=world.size,
+            first=first,
         )
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, world: ranks.World, batch_size: int) -> dict[str, float]:
+    def measure(self, model: nn.Module, world: ranks.World, batch_size: int) -> dict[str, float] | None:
         """`top1`, `top5` (percent) and `val_loss` over the ranks' shares of all images: the same on all ranks.
 
-        Empty, with a warning, where a rank cannot read the images: a training does not depend on them.
+        Empty, with a warning, where a rank cannot read the images: a training does not depend on them. None where a
+        rank has to stop.
         """
         meter = ClassificationMeter(world.device)
-        failed = torch.zeros((), device=world.device)
+        failed = stopped = False
         model.eval()
         try:
             for _, logits, labels in predict(model, self.loader(world, batch_size), world, self.precision):
                 meter.update(logits, labels)
+                if stopped := world.should_stop():
+                    break
         except (UserError, OSError) as error:
             log.warning("no validation pass, training continues: %s", error)
-            failed += 1
+            failed = True
         model.train()
+        votes = torch.tensor([float(failed), float(stopped)], device=world.device)
         if world.size > 1:
-            dist.all_reduce(failed)
-        if failed:
+            dist.all_reduce(votes)
+        if votes[1]:
+            return None
+        if votes[0]:
             return {}
         counts = meter.compute()
         return {"top1": counts["top1"], "top5": counts["top5"], "val_loss": counts["loss"]}
@@ -117,16 +125,33 @@ def evaluate_model(
     profile: Profile,
     classes: list[int] | None = None,
 ) -> bool:
-    """As `evaluate`, of a model with its weights; `counted` is the same for images of 224 px, for its multiply-adds."""
+    """As `evaluate`, of a model with its weights; `counted` is the same for images of 224 px, for its multiply-adds.
+
+    False if it was told to stop; the next call goes on from there.
+    """
     model.eval().to(world.device).to(memory_format=torch.channels_last)
     meter = ClassificationMeter(world.device)
     rows: list[pd.DataFrame] = []
-    beton, loader = images.beton, images.loader(world, profile.max_images_per_device)
+    partial = Partial(run_folder, world, profile.checkpoint_interval_s)
+    if kept := partial.load():
+        meter.sums += kept["sums"]
+        rows.append(pd.DataFrame(kept["rows"]))
+        log.info("going on after %d images of this rank", len(rows[0]))
+
+    def state() -> dict[str, Any]:
+        return {"sums": meter.sums, "rows": pd.concat(rows).to_dict("list") if rows else {}}
+
+    beton = images.beton
+    loader = images.loader(world, profile.max_images_per_device, first=sum(map(len, rows)))
     chosen = slice(None) if classes is None else torch.tensor(classes).to(world.device)
     for sample_ids, outputs, labels in predict(model, loader, world, images.precision):
         logits = outputs[:, chosen]
         meter.update(logits, labels)
         rows.append(_prediction_rows(sample_ids, logits, labels))
+        if partial.asks_to_stop(state):
+            break
+    if not partial.all_finished(state):
+        return False
     counts = meter.compute()
     expected = int(loader.reader.num_samples)
     if counts["images"] != expected:

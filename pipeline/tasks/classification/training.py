@@ -103,6 +103,7 @@ class ClassificationTask:
                 workers=self.world.cpus,
                 image_size=recipe.image_size,
                 augmentation=augmentation,
+                order=recipe.order,
                 rank=self.first_row_loaded // self.rows_loaded,
                 world_size=recipe.global_batch_size // self.rows_loaded,
                 first_batch=first_batch,

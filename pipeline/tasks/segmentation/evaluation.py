@@ -1,12 +1,13 @@
 """Evaluation of one ADE20K segmenter, as a function that runs inside a job."""
 
 import json
+import logging
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,15 @@ from pipeline import device as ranks
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.config import SegmentationEvaluation, validate
+from pipeline.data.beton import open_beton
 from pipeline.data.segmentation import segmentation_eval_loader
 from pipeline.metrics import ConfusionMatrix, count_macs, count_parameters
 from pipeline.models.released_weights import load_released
 from pipeline.models.semantic_fpn import create_segmenter
 from pipeline.tasks.on_device import IGNORED_LABEL, normalise, resize_logits
+from pipeline.tasks.partial import Partial
 
+log = logging.getLogger(__name__)
 PICTURES, PICTURE_PX = 4, 256
 """How many images, spread over the split, are kept with their prediction, and their longer side at most."""
 
@@ -45,25 +49,32 @@ def evaluate(
     `miou` follows a plain resize, `miou_aligned` one to multiples of `size_divisor` (mmseg's mIoU and mIoU*);
     each with `_ms_flip` too where the settings name ratios. `images_per_s`, on a GPU only, is mmseg's: one image at a
     time through the model, reading and resizing not counted.
+
+    False if it was told to stop; the next call goes on from there.
     """
     checked = validate(SegmentationEvaluation, settings, "evaluation.segmentation")
     model = create_segmenter(variant, num_classes)
     load_released(model, Path(weights))
     model.eval().to(world.device).to(memory_format=torch.channels_last)
     result: dict[str, Any] = {}
-    pictures: dict[str, npt.NDArray[np.uint8]] = {}
-    images: list[pd.DataFrame] = []
-    kept: dict[str, Any]
+    partial = Partial(run_folder, world, profile.checkpoint_interval_s)
+    kept = partial.load()
+    shares: dict[str, _Share] = {}
     for name, size_divisor in (("miou", None), ("miou_aligned", checked.size_divisor)):
-        kept = {} if size_divisor is None else {"pictures": pictures, "images": images}
-        counts = _confusion(
-            world, model, num_classes, Path(beton), checked, size_divisor, flip=False, ratios=[1.0], **kept
-        )
-        result[name] = counts["mIoU"]
+        passes = [(name, False, [1.0])]
         if checked.multi_scale_ratios:
-            ratios = checked.multi_scale_ratios
-            many = _confusion(world, model, num_classes, Path(beton), checked, size_divisor, flip=True, ratios=ratios)
-            result[f"{name}_ms_flip"] = many["mIoU"]
+            passes.append((f"{name}_ms_flip", True, checked.multi_scale_ratios))
+        for measure, flip, ratios in passes:
+            share = shares[measure] = _Share.of(kept.get(measure), num_classes, world.device)
+            details = size_divisor is not None and not flip
+            _count(share, shares, partial, model, Path(beton), checked, size_divisor, flip, ratios, details)
+            if not partial.all_finished(lambda: _state(shares)):
+                return False
+            result[measure] = share.over_all_ranks(world, Path(beton))["mIoU"]
+    details_of = shares["miou_aligned"]
+    counts = details_of.over_all_ranks(world, Path(beton))
+    pictures = _of_all_ranks(details_of.pictures, world)
+    images = _of_all_ranks(details_of.images, world)
     if world.device.type == "cuda":
         result["images_per_s"] = counts["images"] / counts["forward_s"]
     result |= {"aacc": counts["aAcc"], "macc": counts["mAcc"], "images": int(counts["images"])}
@@ -75,32 +86,90 @@ def evaluate(
             per_class = pd.DataFrame({"label": range(num_classes), "iou": counts["iou_per_class"]})
             per_class.round(6).to_csv(temporary, index=False)
         with paths.written_atomically(run_folder / "out/pictures.npz") as temporary:
-            np.savez_compressed(temporary, **pictures)  # type: ignore[arg-type]
+            shown = {name: pixels for each in pictures for name, pixels in each.items()}
+            np.savez_compressed(temporary, **{name: pixels.numpy() for name, pixels in shown.items()})
         with paths.written_atomically(run_folder / "out/predictions.parquet") as temporary:
-            pd.concat(images).sort_values(["sample_id", "class"], ignore_index=True).to_parquet(temporary)
+            pd.concat(table for each in images for table in each).sort_values(
+                ["sample_id", "class"], ignore_index=True
+            ).to_parquet(temporary)
     return True
 
 
-def _confusion(
-    world: ranks.World,
+@dataclass
+class _Share:
+    """What this rank has counted in one pass over the images."""
+
+    matrix: ConfusionMatrix
+    totals: Tensor
+    """Images, and seconds in the model: `(2,)` float64."""
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """Images, labels and predictions to be shown: uint8."""
+    images: list[pd.DataFrame] = field(default_factory=list)
+    """Each image's pixel counts by class."""
+
+    @classmethod
+    def of(cls, kept: dict[str, Any] | None, num_classes: int, device: torch.device) -> "_Share":
+        """What `state` gave, or an empty one."""
+        share = cls(
+            ConfusionMatrix(num_classes, IGNORED_LABEL, device), torch.zeros(2, dtype=torch.float64, device=device)
+        )
+        if kept is not None:
+            share.matrix.counts += kept["counts"]
+            share.totals += kept["totals"]
+            share.pictures = {name: pixels.cpu() for name, pixels in kept["pictures"].items()}
+            share.images = [pd.DataFrame(kept["images"])]
+            log.info("going on after %d images of this rank", share.done)
+        return share
+
+    def state(self) -> dict[str, Any]:
+        images = pd.concat(self.images).to_dict("list") if self.images else {}
+        return {"counts": self.matrix.counts, "totals": self.totals, "pictures": self.pictures, "images": images}
+
+    @property
+    def done(self) -> int:
+        return int(self.totals[0])
+
+    def over_all_ranks(self, world: ranks.World, beton: Path) -> dict[str, Any]:
+        """A collective call."""
+        totals = self.totals.clone()
+        if world.size > 1:
+            torch.distributed.all_reduce(totals)
+        counted, forward_s = totals.tolist()
+        if counted != (expected := int(open_beton(beton, fields=("image", "mask")).num_samples)):
+            raise AssertionError(f"{counted:.0f} images counted, {expected} in {beton}")
+        per_class = self.matrix.iou_per_class().tolist()
+        return {**self.matrix.compute(), "images": counted, "forward_s": forward_s, "iou_per_class": per_class}
+
+
+def _state(shares: dict[str, _Share]) -> dict[str, Any]:
+    return {name: share.state() for name, share in shares.items()}
+
+
+def _of_all_ranks(own: Any, world: ranks.World) -> list[Any]:
+    if world.size == 1:
+        return [own]
+    everyone: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+def _count(
+    share: _Share,
+    shares: dict[str, _Share],
+    partial: Partial,
     model: nn.Module,
-    num_classes: int,
     beton: Path,
     settings: SegmentationEvaluation,
     size_divisor: int | None,
-    *,
     flip: bool,
     ratios: list[float],
-    pictures: dict[str, npt.NDArray[np.uint8]] | None = None,
-    images: list[pd.DataFrame] | None = None,
-) -> dict[str, Any]:
-    """Counts over all ranks.
+    details: bool,
+) -> None:
+    """Count the rank's images that `share` lacks, with pictures and each image's counts where `details` says so.
 
-    Into `pictures` go the images, labels and predictions to be shown, and into `images` each image's pixel counts by
-    class, over all ranks.
+    Ends early, with everything that there is in `shares` kept, when the rank is to stop.
     """
-    matrix = ConfusionMatrix(num_classes, IGNORED_LABEL, world.device)
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # images, seconds in the model
+    world = partial.world
     loader = segmentation_eval_loader(
         beton,
         workers=world.cpus,
@@ -109,6 +178,7 @@ def _confusion(
         ratios=ratios,
         rank=world.rank,
         world_size=world.size,
+        first=share.done,
     )
     shown = np.linspace(0, loader.reader.num_samples - 1, PICTURES).round().astype(int).tolist()
     for batch in loader:
@@ -120,32 +190,18 @@ def _confusion(
                 started = _device_clock(world)
                 with ranks.autocast(world.device, settings.precision):
                     logits = model(pixels.flip(3) if mirrored else pixels)
-                totals[1] += _device_clock(world) - started
+                share.totals[1] += _device_clock(world) - started
                 # mmseg's two steps, to the input's size and then to the label's; it averages probabilities there.
-                share = resize_logits(resize_logits(logits, pixels.shape[-2:]), labels.shape[-2:]).softmax(1)
-                scores = scores + (share.flip(3) if mirrored else share)
-        cells = matrix.update(scores.argmax(1), labels)
-        if images is not None:
-            images.append(_image_counts(int(batch.sample_ids), cells))
-        if pictures is not None and (number := int(batch.sample_ids)) in shown:
-            pictures |= _picture(number, batch.images[0], batch.labels, scores.argmax(1))
-        totals[0] += len(labels)
-    if world.size > 1:
-        torch.distributed.all_reduce(totals)
-    counted, forward_s = totals.tolist()
-    expected = int(loader.reader.num_samples)
-    if counted != expected:
-        raise AssertionError(f"{counted:.0f} images counted, {expected} in {beton}")
-    if pictures is not None and world.size > 1:
-        parts: list[Any] = [None] * world.size
-        torch.distributed.all_gather_object(parts, pictures)
-        pictures.update({name: pixels for part in parts for name, pixels in part.items()})
-    if images is not None and world.size > 1:
-        tables: list[Any] = [None] * world.size
-        torch.distributed.all_gather_object(tables, images)
-        images[:] = [table for rank in tables for table in rank]
-    per_class = matrix.iou_per_class().tolist()
-    return {**matrix.compute(), "images": counted, "forward_s": forward_s, "iou_per_class": per_class}
+                part = resize_logits(resize_logits(logits, pixels.shape[-2:]), labels.shape[-2:]).softmax(1)
+                scores = scores + (part.flip(3) if mirrored else part)
+        cells = share.matrix.update(scores.argmax(1), labels)
+        if details:
+            share.images.append(_image_counts(int(batch.sample_ids), cells))
+            if (number := int(batch.sample_ids)) in shown:
+                share.pictures |= _picture(number, batch.images[0], batch.labels, scores.argmax(1))
+        share.totals[0] += len(labels)
+        if partial.asks_to_stop(lambda: _state(shares)):
+            return
 
 
 def _image_counts(sample_id: int, cells: Tensor) -> pd.DataFrame:
@@ -156,7 +212,7 @@ def _image_counts(sample_id: int, cells: Tensor) -> pd.DataFrame:
     return table[table["labelled"] + table["predicted"] > 0]
 
 
-def _picture(number: int, image: Tensor, labels: Tensor, predicted: Tensor) -> dict[str, npt.NDArray[np.uint8]]:
+def _picture(number: int, image: Tensor, labels: Tensor, predicted: Tensor) -> dict[str, Tensor]:
     """One image `(h, w, 3)` with its labels and prediction `(h, w)`, small enough for a page."""
     height, width = labels.shape[-2:]
     shrink = min(1.0, PICTURE_PX / max(height, width))
@@ -164,7 +220,7 @@ def _picture(number: int, image: Tensor, labels: Tensor, predicted: Tensor) -> d
     pixels = nn.functional.interpolate(image.float(), size, mode="bilinear", antialias=True).round().byte()
     masks = [nn.functional.interpolate(mask[None].float(), size)[0, 0].byte() for mask in (labels, predicted)]
     named = zip(("image", "label", "prediction"), (pixels[0].permute(1, 2, 0), *masks), strict=True)
-    return {f"{name}_{number:05d}": tensor.cpu().numpy() for name, tensor in named}
+    return {f"{name}_{number:05d}": tensor.cpu() for name, tensor in named}
 
 
 def _device_clock(world: ranks.World) -> float:
