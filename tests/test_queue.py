@@ -92,7 +92,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
     monkeypatch.setattr(slurm_status, "POLL_S", 0.0)
     monkeypatch.setattr("pipeline.launch.slurm.POLL_S", 0.0)
-    monkeypatch.setattr(submission, "LIMIT_S", 0.1)
+    monkeypatch.setattr(submission, "LIMIT_S", (0.1,))
     return FakeSlurm(fake)
 
 

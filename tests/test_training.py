@@ -16,6 +16,7 @@ from pipeline.cluster import split
 from pipeline.errors import UserError
 from pipeline.models import create_classifier
 from pipeline.tasks.on_device import Mixing, erase, mix, normalise
+from pipeline.tasks.training import _cost
 from pipeline.train import checkpoint, history
 from pipeline.train.adapt import StatelessDropout
 from pipeline.train.loop import train
@@ -50,6 +51,7 @@ class ToyTask:
     steps_per_epoch = 10
     global_batch_size = 8
     image_size = 8
+    images = 80
 
     def __init__(self, spoil_step: int = -1) -> None:
         torch.manual_seed(0)
@@ -166,6 +168,15 @@ def test_a_run_that_has_to_stop_in_a_validation_pass_makes_it_again(tmp_path: Pa
         for name in ("whole", "stopped")
     ]
     assert looks[0] == looks[1]
+
+
+def test_the_hours_of_a_run_are_added_up_over_its_layouts() -> None:
+    records = [
+        {"seconds": seconds, "ranks": ranks, "images_per_s": 1.0, "peak_memory_gb": 1.0}
+        for seconds, ranks in ((1800.0, 4), (3600.0, 4), (5400.0, 2))
+    ]
+    cost = _cost(ToyTask(), WORLD, records)
+    assert cost["rank_hours"] == pytest.approx(5.0)
 
 
 class StageTask(ToyTask):

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from pipeline.launch.record import Job
 from pipeline.launch.scheduler import LimitError, RefusedError, Status, scheduler_of
 
 log = logging.getLogger(__name__)
-LIMIT_S = 60
-"""How often a submission is repeated that a limit on submitted jobs refuses."""
+LIMIT_S = (5, 10, 20, 40, 60)
+"""How long to wait before a submission is repeated that a limit on submitted jobs refuses; the last from then on."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Run:
 
 def attach_or_submit(run: Run, profile: Profile, *, is_retry: bool) -> Job | None:
     """The job to wait for; None if the run has finished meanwhile. Waits while a limit allows no further job."""
-    said = ""
+    said, waits_s = "", chain(LIMIT_S, repeat(LIMIT_S[-1]))
     while True:
         try:
             with record.launching():
@@ -71,9 +72,9 @@ def attach_or_submit(run: Run, profile: Profile, *, is_retry: bool) -> Job | Non
                 return submit([run], profile)[0]
         except LimitError as error:
             if str(error) != said:
-                log.warning("%s: %s; trying again every %d s", run.label, error, LIMIT_S)
+                log.warning("%s: %s; trying again, in the end every %d s", run.label, error, LIMIT_S[-1])
             said = str(error)
-        time.sleep(LIMIT_S)
+        time.sleep(next(waits_s))
 
 
 def attach(folder: Path) -> Job | None:

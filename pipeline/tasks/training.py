@@ -86,11 +86,10 @@ def run_recipe(
 def _cost(task: Task, world: ranks.World, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the training took, resumes included: the numbers that a forecast and the report's cost table rest on."""
     on_gpu = world.device.type == "cuda"
-    seconds = [0.0, *(record["seconds"] for record in records)]
-    rank_hours = sum(
-        (until - since) * record.get("ranks", world.size) / 3600
-        for since, until, record in zip(seconds, seconds[1:], records, strict=True)
-    )
+    rank_hours, since = 0.0, 0.0
+    for record in records:  # a resumed run may have had another number of ranks before
+        rank_hours += (record["seconds"] - since) * record.get("ranks", world.size) / 3600
+        since = record["seconds"]
     return {
         "device": torch.cuda.get_device_name(world.device) if on_gpu else f"{platform.machine()} CPU",
         "ranks": world.size,
