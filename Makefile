@@ -53,6 +53,7 @@ fresh-machine:  ## both README commands in bare Debian systems, made with deboot
 bench: setup  ## data path, training step and the rest against timm and stock FFCV, on this machine
 	@python -m benchmarks
 	python -m benchmarks.training_step
+	python -m benchmarks.data_scaling
 	python -m benchmarks.data_behind_step
 	python -m benchmarks.job_start
 	python -m benchmarks.time_to_accuracy

@@ -52,6 +52,7 @@ EXPECTED = (
     "is in use by job",
     "Slurm does not answer",
     "every checkpoint in",
+    "exited with -9",
 )
 """What `dvc repro` may end with."""
 PROFILE = """

@@ -20,8 +20,12 @@ Fault = Callable[["Round"], "str | None"]
 
 
 def _victim(round_: Round) -> Row | None:
-    rows = round_.running()
-    return round_.draw.choice(sorted(rows, key=lambda row: row.job)) if rows else None
+    """A running job; where one drives `dvc repro`, that one half of the time."""
+    rows = sorted(round_.running(), key=lambda row: row.job)
+    drivers = [row for row in rows if row.name.startswith("drive-")]
+    if drivers and round_.draw.random() < 0.5:
+        return drivers[0]
+    return round_.draw.choice(rows) if rows else None
 
 
 def preempt(round_: Round) -> str | None:
@@ -31,7 +35,7 @@ def preempt(round_: Round) -> str | None:
     seconds = round_.draw.randint(1, 20)
     options = ["--partition=priority", "--nodes=2", "--exclusive", "--output=/dev/null"]
     round_.cluster.run("sbatch", *options, f"--wrap=sleep {seconds}")
-    return f"both nodes wanted for {seconds} s, {victim.job} runs"
+    return f"both nodes wanted for {seconds} s, {', '.join(f'{row.job} {row.name}' for row in round_.running())} ran"
 
 
 def usr2(round_: Round) -> str | None:
@@ -53,7 +57,7 @@ def requeue_hold(round_: Round) -> str | None:
     state = round_.draw.choice([[], ["State=SpecialExit"]])
     round_.cluster.run("scontrol", "requeuehold", *state, victim.job)
     round_.later(round_.draw.uniform(5, 30), lambda: _try(round_, "scontrol", "release", victim.job))
-    return f"{victim.job} {' '.join(state)}"
+    return f"{victim.job} {victim.name} {' '.join(state)}"
 
 
 def suspend(round_: Round) -> str | None:
@@ -63,7 +67,7 @@ def suspend(round_: Round) -> str | None:
     round_.cluster.run("scontrol", "suspend", victim.job)
     seconds = round_.draw.choice([5, 20, 150])
     round_.later(seconds, lambda: _try(round_, "scontrol", "resume", victim.job))
-    return f"{victim.job} for {seconds} s"
+    return f"{victim.job} {victim.name} for {seconds} s"
 
 
 def time_limit(round_: Round) -> str | None:
@@ -74,7 +78,7 @@ def time_limit(round_: Round) -> str | None:
     minutes, seconds = map(int, used.split(":")[-2:])
     limit = minutes + (2 if seconds > 25 else 1)
     round_.cluster.run("scontrol", "update", f"JobId={victim.job}", f"TimeLimit={limit}")
-    return f"{victim.job} has {limit} min, {used} used"
+    return f"{victim.job} {victim.name} has {limit} min, {used} used"
 
 
 def cancelled(round_: Round) -> str | None:

@@ -45,6 +45,23 @@ def test_every_measurement_gets_a_finite_row_and_a_bar(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_loading_is_measured_over_ranks_workers_and_places(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    small = ("--images", "128", "--repeats", "1", "--ranks", "1", "2", "--workers", "1")
+    there = ("--place", f"there={tmp_path}/place", "--output", str(tmp_path))
+    done = bench(*small, *there, module="benchmarks.data_scaling")
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_csv(tmp_path / "data_scaling.csv")
+    table = rows.set_index(["place", "order", "ranks", "workers"]).sort_index()
+    expected = {(place, "random", ranks, 1) for place in ("page cache", "disk", "there") for ranks in (1, 2)}
+    assert set(table.index) == expected | {(place, "quasi_random", 1, 1) for place in ("disk", "there")}
+    assert (table[["images_per_s", "ratio_to_first", "mb_per_s"]] > 0).all(axis=None)
+    assert (table.loc["page cache", "in_memory_before"] == 1).all()
+    assert (table.loc[["disk", "there"], "in_memory_before"] < 0.5).all()
+    assert not list((tmp_path / "place").iterdir())
+
+
+@pytest.mark.slow
 def test_what_a_gpu_has_to_show_is_measured_at_toy_sizes_without_one(tmp_path: Path) -> None:
     done = bench("--output", str(tmp_path), module="benchmarks.gpu")
     assert done.returncode == 0, done.stdout + done.stderr

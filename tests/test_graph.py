@@ -216,20 +216,15 @@ def test_mlflow_has_the_comparison_its_runs_and_models(finished: Checkout) -> No
     assert "MLflow has everything" in finished.pipeline("sync").stdout
 
 
-def test_the_same_seed_gives_the_same_weights_and_results(demo_outputs: Path, tmp_path: Path) -> None:
-    """Trained and evaluated anew, from the same data, in another folder."""
+def test_the_same_seed_gives_the_same_weights(demo_outputs: Path, tmp_path: Path) -> None:
+    """Trained anew, from the same data, in another folder."""
     again = Checkout(tmp_path)
     again.pipeline("compose", *DEMO)
     shutil.copytree(demo_outputs.parent / "graph/data", again.folder / "data")
-    for stage in ("train_classifier", "evaluate_classifier", "train_segmenter", "evaluate_segmenter"):
+    for stage in ("train_classifier", "train_segmenter"):
         again.pipeline(stage, "poolformer_s12", "0")
-    made = {
-        path.relative_to(again.folder)
-        for folder in ("models", "results")
-        for path in (again.folder / folder).rglob("poolformer_s12-0*")
-        if not path.name.endswith((".cost.json", "curve.csv")) and "train_" not in path.parent.name
-    }
-    assert {path.name for path in made} >= {"poolformer_s12-0.pt", "poolformer_s12-0.json"}
+    made = [path.relative_to(again.folder) for path in (again.folder / "models").rglob("poolformer_s12-0.pt")]
+    assert len(made) == 2
     for path in made:
         assert (again.folder / path).read_bytes() == (demo_outputs / path).read_bytes(), path
 

@@ -1,8 +1,10 @@
 """What is retried, where and how often: errors of nodes against errors of the run, and what ranks must agree on."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
-from pipeline.launch import agreement, attempts, record, slurm
+from pipeline.launch import agreement, attempts, record, slurm, worker
 from pipeline.launch.attempts import (
     BACK_OFF_S,
     MAX_FAILURES,
@@ -24,6 +26,7 @@ from pipeline.launch.attempts import (
 )
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import run_job
+from pipeline.launch.record import Job
 
 SLURM_PROFILE = Profile(kind="slurm", gpus_per_node=0, cpus_per_task=1)
 
@@ -57,6 +60,39 @@ def test_errors_of_the_infrastructure_have_a_budget_and_a_back_off_of_their_own(
     assert not leave_error(run_folder, 200, unmounted)
     assert record.failures(run_folder)[-1].message == f"rank 0 on n1: {unmounted}"
     assert not leave_error(run_folder, 201, ValueError("bad pixel"))
+
+
+def test_the_doctors_test_job_is_not_retried(run_folder: Path) -> None:
+    (run_folder / "work.json").write_text('{"is_retried": false}')
+    assert not leave_error(run_folder, 0, InfrastructureError("torch finds no GPU"))
+    assert record.failures(run_folder)[-1].message == "rank 0 on n1: torch finds no GPU"
+
+
+def test_a_job_waits_for_the_result_that_it_starts_from_and_that_a_file_system_shows_late(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "STALE_S", 0)
+    upstream = run_folder / "upstream"
+    with pytest.raises(UserError, match="does not contain the result that this job depends on"):
+        worker._await_done(upstream, "ab")
+    monkeypatch.setattr(worker, "STALE_S", 60)
+
+    def appear() -> None:
+        upstream.mkdir()
+        (upstream / "done").write_text("ab")
+
+    Timer(0.5, appear).start()
+    worker._await_done(upstream, "ab")
+
+
+def test_what_a_killed_process_left_of_a_link_is_in_nobodys_way(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process ids are alike in containers; names are drawn."""
+    (run_folder / f".log.{os.getpid()}").symlink_to("gone")
+    for _ in range(2):
+        record.write_job(run_folder, Job("slurm", "t", str(run_folder / "jobs"), {}, 0.0, job_id="7"))
+    assert (run_folder / "log.txt").readlink() == Path("jobs/7_0_log.out")
 
 
 def test_a_node_on_which_a_run_failed_is_avoided_until_it_makes_progress(run_folder: Path) -> None:
@@ -158,7 +194,8 @@ def test_a_range_of_nodes_asks_for_no_number_of_tasks() -> None:
     """With one, Slurm gives the fewest nodes whatever is free."""
     profile = Profile(kind="slurm", nodes="2..8", gpus_per_node=4, cpus_per_task=6)
     made = slurm._parameters(Path("jobs"), "t", profile, Path("code"), "n", None, Next(), [2, 4, 8])
-    assert (made["nodes"], made["cpus_per_task"]) == ("2-8", 24)
+    assert made["additional_parameters"]["nodes"] == "2-8"
+    assert made["cpus_per_task"] == 24
     assert "ntasks_per_node" not in made
     assert "--ntasks-per-node=4" in made["srun_args"]
     assert "export SRUN_CPUS_PER_TASK=6" in made["setup"]

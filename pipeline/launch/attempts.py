@@ -183,7 +183,7 @@ def fail(folder: Path, attempt: Attempt, log_file: Path, otherwise: str = "no ra
     step = record.newest_step(folder)
     alike = [each for each in record.failures(folder) if each.step == step and each.is_transient == cause.is_transient]
     most = MAX_TRANSIENT if cause.is_transient else MAX_FAILURES
-    again = 1 + len(alike) < most and not cause.is_user_error
+    again = 1 + len(alike) < most and not cause.is_user_error and record.is_retried(folder)
     failure = Failure(str(attempt), step, cause.message, cause.is_user_error, again, cause.node, cause.is_transient)
     record.add_failure(folder, failure)
     return again

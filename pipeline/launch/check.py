@@ -123,6 +123,7 @@ def try_job(profile: Profile) -> Iterator[Finding]:
         name="test-job",
         call="pipeline.launch.check:report",
         arguments={"nonce": secrets.token_hex(8)},
+        is_retried=False,
     )
     run_job(work, {"report.json": result}, profile=short)
     ranks = json.loads(result.read_text())

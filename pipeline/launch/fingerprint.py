@@ -48,6 +48,8 @@ class Work:
     computed: Callable[[], dict[str, Any]] = dict
     batch: tuple[int, bool] | None = None
     """Of a training: its global batch, and whether a rank's share of it may be split."""
+    is_retried: bool = True
+    """Whether an attempt that failed is followed by another."""
 
 
 @dataclass(frozen=True)

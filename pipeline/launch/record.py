@@ -220,3 +220,11 @@ def read_work(folder: Path) -> dict[str, Any]:
     """What the job is to do: call, arguments, profile, and the run that it starts from."""
     work: dict[str, Any] = json.loads((folder / "work.json").read_text())
     return work
+
+
+def is_retried(folder: Path) -> bool:
+    """Whether an attempt of this folder's run that failed is followed by another."""
+    try:
+        return bool(read_work(folder).get("is_retried", True))
+    except FileNotFoundError:
+        return True

@@ -216,15 +216,14 @@ def _parameters(
     sizes: Sequence[int],
 ) -> dict[str, Any]:
     """submitit's parameters for a job whose ranks run the package in `code`, on one of `sizes` nodes."""
-    asked, ranks = resources(profile), []
-    if len(sizes) > 1:  # with a number of tasks Slurm would give no more nodes than the fewest
-        asked |= {"nodes": f"{sizes[0]}-{sizes[-1]}", "cpus_per_task": profile.ranks_here * profile.cpus}
-        ranks = [f"--ntasks-per-node={asked.pop('ntasks_per_node')}"]
-    else:
-        asked["nodes"] = sizes[0]
+    asked, ranks = resources(profile) | {"nodes": sizes[-1]}, []
     # NONE: a limit of the login node's shell, on memory or processor time, is none of the job's.
     given = {key.replace("_", "-"): value for key, value in profile.additional.items()}
     additional: dict[str, Any] = {"requeue": True, "propagate": "NONE", **given}
+    if len(sizes) > 1:  # with a number of tasks Slurm would give no more nodes than the fewest
+        additional["nodes"] = f"{sizes[0]}-{sizes[-1]}"  # submitit takes a number only
+        asked["cpus_per_task"] = profile.ranks_here * profile.cpus
+        ranks = [f"--ntasks-per-node={asked.pop('ntasks_per_node')}"]
     if "mem" in asked:
         additional["mem"] = asked.pop("mem")  # submitit takes whole GB only
     if after is not None:

@@ -63,14 +63,18 @@ def variables(extra: dict[str, str]) -> dict[str, str]:
 def environment(extra: dict[str, str]) -> Iterator[None]:
     """Set `extra`, and hide a surrounding job's and the shell's variables that Slurm's commands take for options."""
     before, inside = dict(os.environ), variables(extra)
-    for key in before.keys() - inside.keys():
-        del os.environ[key]
-    os.environ.update(inside)
+    _become(inside)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        _become(before)
+
+
+def _become(wanted: dict[str, str]) -> None:
+    """Change what differs: other threads see the rest throughout."""
+    for key in os.environ.keys() - wanted.keys():
+        del os.environ[key]
+    os.environ.update(wanted)
 
 
 def ask(command: list[str], extra: dict[str, str]) -> str:

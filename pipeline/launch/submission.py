@@ -242,6 +242,7 @@ def _write_work(run: Run, profile: Profile, code: Path) -> str | None:
         "code": run.identity.code,
         "inputs": {str(Path(path).absolute()): digest for path, digest in run.identity.inputs.items()},
         "nodes": sizes,
+        "is_retried": run.work.is_retried,
         "betons": sorted(str(Path(beton).absolute()) for beton in _betons(arguments)),
         "profile": profile.model_dump(mode="json", exclude_unset=True) | {"environment": profile.open_environment},
     }

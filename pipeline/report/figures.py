@@ -96,7 +96,7 @@ def against_property(comparison: Comparison, figure: PaperFigure, numbers: pd.Da
         for axes in panels:
             axes.set_xlabel(figure.x[2])
             axes.set_ylabel(figure.y[1])
-            axes.margins(0.08 if figure.is_connected else 0.34 if comparable else 0.5, 0.08)
+            axes.margins(0.08 if figure.is_connected else 0.42 if comparable else 0.5, 0.08)
             if axes.has_data():
                 axes.legend(loc="lower right")
 
