@@ -35,7 +35,6 @@ INSIDE = "SOAK_INSIDE"
 TARGETS = ("train_classifier", "train_segmenter", "evaluate_classifier", "evaluate_segmenter")
 INTERVAL = 20
 """Steps between two checkpoints."""
-MEAN_PAUSE_S = 15.0
 LEFT_S = 900
 """After a graph, for its last jobs to end: Slurm takes minutes to miss a batch script whose slurmstepd was killed."""
 STUCK_S = 2400
@@ -53,6 +52,7 @@ EXPECTED = (
     "Slurm does not answer",
     "every checkpoint in",
     "exited with -9",
+    "Already unlocked",
 )
 """What `dvc repro` may end with."""
 PROFILE = """
@@ -199,6 +199,10 @@ class Round:
             return
         said = self.outputs[process.pid].read_text()
         self.note("launcher ended", " ".join(said.split())[-400:])
+        if "Unable to acquire lock" in said and not self.launchers:  # a killed dvc's: what `doctor` says to do
+            for name in ("lock", "rwlock.lock"):
+                (self.checkout.folder / ".dvc/tmp" / name).unlink(missing_ok=True)
+            self.note("dvc's lock removed", "")
         if "Traceback" in said or not any(words in said for words in EXPECTED):
             raise SoakError(f"dvc repro ended with {process.returncode}:\n{said[-3000:]}")
 
@@ -285,8 +289,8 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def disturb(round_: Round) -> None:
-    """Faults until the graph has come to its end."""
+def disturb(round_: Round, pause_s: float) -> None:
+    """Faults, with a pause of `pause_s` between two on average, until the graph has come to its end."""
     names, weights = list(FAULTS), [weight for _, weight in FAULTS.values()]
     next_s = time.monotonic() + 20
     seen, seen_at = (-1, 0), time.monotonic()
@@ -307,7 +311,7 @@ def disturb(round_: Round) -> None:
             if about is not None:
                 round_.counts[name] += 1
                 round_.note(name, about)
-                next_s = time.monotonic() + round_.draw.expovariate(1 / MEAN_PAUSE_S)
+                next_s = time.monotonic() + round_.draw.expovariate(1 / pause_s)
             else:
                 next_s = time.monotonic() + 1
         time.sleep(0.5)
@@ -343,7 +347,7 @@ def copy_of(source: Checkout, folder: Path, cluster: SlurmCluster) -> Checkout:
     return checkout
 
 
-def soak(folder: Path, seconds: float, seed: int) -> int:
+def soak(folder: Path, seconds: float, seed: int, pause_s: float) -> int:
     """Rounds until the time is over; the exit status."""
     started = dev_cluster("up")
     if started.returncode:
@@ -372,7 +376,7 @@ def soak(folder: Path, seconds: float, seed: int) -> int:
         round_ = Round(checkout, cluster, draw, number % 3 == 2, folder / "faults.jsonl")
         began = time.monotonic()
         try:
-            disturb(round_)
+            disturb(round_, pause_s)
             round_.assert_whole(expected)
         except (SoakError, AssertionError, subprocess.SubprocessError) as error:
             print(f"FAILED in {place}: {error}", flush=True)
@@ -394,6 +398,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--pause-s", type=float, default=20, help="between two faults, on average (default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("/tmp/soak"))
     options = parser.parse_args()
     if os.geteuid() != 0:
@@ -409,7 +416,7 @@ def main() -> int:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     # glibc looks up no name for Slurm where there is no address but 127.0.0.1 (AI_ADDRCONFIG).
     subprocess.run(["ip", "address", "add", "192.0.2.1/32", "dev", "lo"], check=True)
-    return soak(options.folder.absolute(), options.seconds, options.seed)
+    return soak(options.folder.absolute(), options.seconds, options.seed, options.pause_s)
 
 
 if __name__ == "__main__":

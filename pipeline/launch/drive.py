@@ -42,7 +42,8 @@ STALE_S = 600
 DEATHS, WITHIN_S = 5, 600
 """So many jobs that were ended within that time are no accident."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
+LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by", "Already unlocked")
+"""DVC's errors about its locks; the last one after several were killed at once."""
 
 
 def submit(profile: Profile, targets: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.config import SegmentationEvaluation, validate
 from pipeline.data.beton import open_beton
-from pipeline.data.segmentation import segmentation_eval_loader
+from pipeline.data.segmentation import SegmentationEvalBatch, segmentation_eval_loader
 from pipeline.metrics import ConfusionMatrix, count_macs, count_parameters
 from pipeline.models.released_weights import load_released
 from pipeline.models.semantic_fpn import create_segmenter
@@ -27,6 +27,29 @@ from pipeline.tasks.partial import Partial
 log = logging.getLogger(__name__)
 PICTURES, PICTURE_PX = 4, 256
 """How many images, spread over the split, are kept with their prediction, and their longer side at most."""
+
+
+DETAILED = "miou_aligned"
+"""The pass whose pictures and counts of each image are kept."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One way of looking at every image."""
+
+    name: str
+    size_divisor: int | None
+    ratios: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
+def _passes(settings: SegmentationEvaluation) -> list[_Pass]:
+    found = []
+    for name, size_divisor in (("miou", None), (DETAILED, settings.size_divisor)):
+        found.append(_Pass(name, size_divisor))
+        if settings.multi_scale_ratios:
+            found.append(_Pass(f"{name}_ms_flip", size_divisor, tuple(settings.multi_scale_ratios), flip=True))
+    return found
 
 
 @torch.inference_mode()
@@ -58,23 +81,41 @@ def evaluate(
     model.eval().to(world.device).to(memory_format=torch.channels_last)
     result: dict[str, Any] = {}
     partial = Partial(run_folder, world, profile.checkpoint_interval_s)
-    kept = partial.load()
-    shares: dict[str, _Share] = {}
-    for name, size_divisor in (("miou", None), ("miou_aligned", checked.size_divisor)):
-        passes = [(name, False, [1.0])]
-        if checked.multi_scale_ratios:
-            passes.append((f"{name}_ms_flip", True, checked.multi_scale_ratios))
-        for measure, flip, ratios in passes:
-            share = shares[measure] = _Share.of(kept.get(measure), num_classes, world.device)
-            details = size_divisor is not None and not flip
-            _count(share, shares, partial, model, Path(beton), checked, size_divisor, flip, ratios, details)
-            if not partial.all_finished(lambda: _state(shares)):
-                return False
-            result[measure] = share.over_all_ranks(world, Path(beton))["mIoU"]
-    details_of = shares["miou_aligned"]
-    counts = details_of.over_all_ranks(world, Path(beton))
-    pictures = _of_all_ranks(details_of.pictures, world)
-    images = _of_all_ranks(details_of.images, world)
+    kept, shares = partial.load(), dict[str, _Share]()
+
+    def state() -> dict[str, Any]:
+        return {name: share.state() for name, share in shares.items()}
+
+    for each in _passes(checked):
+        share = shares[each.name] = _Share.of(kept.get(each.name), num_classes, world.device)
+        loader = segmentation_eval_loader(
+            beton,
+            workers=world.cpus,
+            scale=checked.scale,
+            size_divisor=each.size_divisor,
+            ratios=each.ratios,
+            rank=world.rank,
+            world_size=world.size,
+            first=share.done,
+        )
+        shown = np.linspace(0, loader.reader.num_samples - 1, PICTURES).round().astype(int).tolist()
+        for batch in loader:
+            labels = batch.labels.to(world.device)
+            scores = _scores(model, batch, each, checked, world, share.totals)
+            cells = share.matrix.update(scores.argmax(1), labels)
+            if each.name == DETAILED:
+                share.images.append(_image_counts(int(batch.sample_ids), cells))
+                if (number := int(batch.sample_ids)) in shown:
+                    share.pictures |= _picture(number, batch.images[0], batch.labels, scores.argmax(1))
+            share.totals[0] += len(labels)
+            if partial.asks_to_stop(state):
+                break
+        if not partial.all_finished(state):
+            return False
+        result[each.name] = share.over_all_ranks(world, Path(beton))["mIoU"]
+    counts = shares[DETAILED].over_all_ranks(world, Path(beton))
+    pictures = _of_all_ranks(shares[DETAILED].pictures, world)
+    images = _of_all_ranks(shares[DETAILED].images, world)
     if world.device.type == "cuda":
         result["images_per_s"] = counts["images"] / counts["forward_s"]
     result |= {"aacc": counts["aAcc"], "macc": counts["mAcc"], "images": int(counts["images"])}
@@ -141,10 +182,6 @@ class _Share:
         return {**self.matrix.compute(), "images": counted, "forward_s": forward_s, "iou_per_class": per_class}
 
 
-def _state(shares: dict[str, _Share]) -> dict[str, Any]:
-    return {name: share.state() for name, share in shares.items()}
-
-
 def _of_all_ranks(own: Any, world: ranks.World) -> list[Any]:
     if world.size == 1:
         return [own]
@@ -153,55 +190,27 @@ def _of_all_ranks(own: Any, world: ranks.World) -> list[Any]:
     return everyone
 
 
-def _count(
-    share: _Share,
-    shares: dict[str, _Share],
-    partial: Partial,
+def _scores(
     model: nn.Module,
-    beton: Path,
+    batch: SegmentationEvalBatch,
+    each: _Pass,
     settings: SegmentationEvaluation,
-    size_divisor: int | None,
-    flip: bool,
-    ratios: list[float],
-    details: bool,
-) -> None:
-    """Count the rank's images that `share` lacks, with pictures and each image's counts where `details` says so.
-
-    Ends early, with everything that there is in `shares` kept, when the rank is to stop.
-    """
-    world = partial.world
-    loader = segmentation_eval_loader(
-        beton,
-        workers=world.cpus,
-        scale=settings.scale,
-        size_divisor=size_divisor,
-        ratios=ratios,
-        rank=world.rank,
-        world_size=world.size,
-        first=share.done,
-    )
-    shown = np.linspace(0, loader.reader.num_samples - 1, PICTURES).round().astype(int).tolist()
-    for batch in loader:
-        labels = batch.labels.to(world.device)
-        scores = torch.zeros((), device=world.device)
-        for image in batch.images:
-            pixels = normalise(image.to(world.device))
-            for mirrored in (False, True) if flip else (False,):
-                started = _device_clock(world)
-                with ranks.autocast(world.device, settings.precision):
-                    logits = model(pixels.flip(3) if mirrored else pixels)
-                share.totals[1] += _device_clock(world) - started
-                # mmseg's two steps, to the input's size and then to the label's; it averages probabilities there.
-                part = resize_logits(resize_logits(logits, pixels.shape[-2:]), labels.shape[-2:]).softmax(1)
-                scores = scores + (part.flip(3) if mirrored else part)
-        cells = share.matrix.update(scores.argmax(1), labels)
-        if details:
-            share.images.append(_image_counts(int(batch.sample_ids), cells))
-            if (number := int(batch.sample_ids)) in shown:
-                share.pictures |= _picture(number, batch.images[0], batch.labels, scores.argmax(1))
-        share.totals[0] += len(labels)
-        if partial.asks_to_stop(lambda: _state(shares)):
-            return
+    world: ranks.World,
+    totals: Tensor,
+) -> Tensor:
+    """Probabilities `(1, C, H, W)` added up over a pass's ratios and flips; adds the model's seconds to `totals`."""
+    scores = torch.zeros((), device=world.device)
+    for image in batch.images:
+        pixels = normalise(image.to(world.device))
+        for mirrored in (False, True) if each.flip else (False,):
+            started = _device_clock(world)
+            with ranks.autocast(world.device, settings.precision):
+                logits = model(pixels.flip(3) if mirrored else pixels)
+            totals[1] += _device_clock(world) - started
+            # mmseg's two steps, to the input's size and then to the label's; it averages probabilities there.
+            share = resize_logits(resize_logits(logits, pixels.shape[-2:]), batch.labels.shape[-2:]).softmax(1)
+            scores = scores + (share.flip(3) if mirrored else share)
+    return scores
 
 
 def _image_counts(sample_id: int, cells: Tensor) -> pd.DataFrame:
