@@ -347,7 +347,7 @@ def copy_of(source: Checkout, folder: Path, cluster: SlurmCluster) -> Checkout:
     return checkout
 
 
-def soak(folder: Path, seconds: float, seed: int, pause_s: float) -> int:
+def soak(folder: Path, seconds: float, seed: int, pause_s: float, drive_every: int) -> int:
     """Rounds until the time is over; the exit status."""
     started = dev_cluster("up")
     if started.returncode:
@@ -373,7 +373,7 @@ def soak(folder: Path, seconds: float, seed: int, pause_s: float) -> int:
         shutil.rmtree(place, ignore_errors=True)
         checkout = copy_of(base, place, cluster)
         draw = random.Random(f"{seed} {number}")
-        round_ = Round(checkout, cluster, draw, number % 3 == 2, folder / "faults.jsonl")
+        round_ = Round(checkout, cluster, draw, number % drive_every == drive_every - 1, folder / "faults.jsonl")
         began = time.monotonic()
         try:
             disturb(round_, pause_s)
@@ -401,6 +401,9 @@ def main() -> int:
     parser.add_argument(
         "--pause-s", type=float, default=20, help="between two faults, on average (default: %(default)s)"
     )
+    parser.add_argument(
+        "--drive-every", type=int, default=3, help="of so many rounds one by a drive (default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("/tmp/soak"))
     options = parser.parse_args()
     if os.geteuid() != 0:
@@ -416,7 +419,7 @@ def main() -> int:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     # glibc looks up no name for Slurm where there is no address but 127.0.0.1 (AI_ADDRCONFIG).
     subprocess.run(["ip", "address", "add", "192.0.2.1/32", "dev", "lo"], check=True)
-    return soak(options.folder.absolute(), options.seconds, options.seed, options.pause_s)
+    return soak(options.folder.absolute(), options.seconds, options.seed, options.pause_s, options.drive_every)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def time_limit(round_: Round) -> str | None:
     minutes, seconds = map(int, used.split(":")[-2:])
     limit = minutes + (2 if seconds > 25 else 1)
     round_.cluster.run("scontrol", "update", f"JobId={victim.job}", f"TimeLimit={limit}")
+    # Else it is warned at once whenever it starts again.
+    round_.later(60 * limit, lambda: _try(round_, "scontrol", "update", f"JobId={victim.job}", "TimeLimit=30"))
     return f"{victim.job} {victim.name} has {limit} min, {used} used"
 
 
@@ -224,8 +226,13 @@ def full_disk(round_: Round) -> str | None:
     if filler.exists():
         return None
     free = shutil.disk_usage(filler.parent).free
-    with filler.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, max(1, free - round_.draw.choice([0, 100_000, 100_000_000])))
+    size = free - round_.draw.choice([2**17, 2**20, 2**27])
+    try:
+        with filler.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size)
+    except OSError:  # a checkpoint was faster
+        filler.unlink()
+        raise
     seconds = round_.draw.choice([3, 15])
     round_.later(seconds, lambda: filler.unlink(missing_ok=True))
     return f"for {seconds} s, {free / 1e9:.1f} GB filled"
