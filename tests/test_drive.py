@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import paths
+from pipeline.cluster import Profile
+from pipeline.errors import UserError
+from pipeline.launch import drive, record
 from pipeline.launch.ahead import RWLOCK
-from pipeline.launch.drive import STALE_S, remove_locks
+from pipeline.launch.drive import STALE_S, Driver, remove_locks
+from pipeline.launch.record import Job
+from pipeline.launch.slurm_status import UnreachableError
 
 KILLED_WHILE_LOCKED = """
 import os, signal
@@ -53,3 +59,42 @@ def test_a_path_that_only_killed_dvcs_use_is_free(killed: dict[str, object]) -> 
     assert not remove_locks([killed], time.time(), {int(str(killed["pid"])), os.getpid()})
     assert remove_locks([killed], time.time(), {int(str(killed["pid"]))})
     assert not RWLOCK.exists()
+
+
+@pytest.fixture
+def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run folder of a drive whose first job runs."""
+    monkeypatch.chdir(tmp_path)
+    Path("cluster.yaml").write_text("kind: slurm\ngpus_per_node: 0\ncpus_per_task: 1\n")
+    monkeypatch.setenv("PIPELINE_CLUSTER", "cluster.yaml")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    folder = paths.run(drive.STAGE, drive.NAME)
+    (folder / "jobs").mkdir(parents=True)
+    record.write_job(folder, Job("slurm", "metaformer-this", str(folder / "jobs"), {}, 0.0, job_id="1"))
+    return folder
+
+
+def test_no_drive_is_submitted_while_slurm_does_not_answer(driven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(environment: dict[str, str]) -> None:
+        raise UnreachableError("Unable to contact slurm controller")
+
+    monkeypatch.setattr(drive, "squeue", away)
+    with pytest.raises(UserError, match=r"does not answer .* nothing was submitted"):
+        drive.submit(Profile(kind="slurm", gpus_per_node=0, cpus_per_task=1), [])
+    assert (driven / "job.json").exists()
+
+
+def test_a_drive_outlasts_what_dvc_says_of_its_locks(driven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([(255, "ERROR: unexpected error - Already unlocked", set()), (0, "", set())])
+    monkeypatch.setattr(drive, "LOCKED_S", 0)
+    monkeypatch.setattr(drive, "squeue", lambda environment: {})
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGUSR2, signal.SIGTERM)]
+    try:
+        driver = Driver("metaformer-this")
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+    monkeypatch.setattr(driver, "_successor", lambda job: "2")
+    monkeypatch.setattr(driver, "_repro", lambda: next(said))
+    assert driver.run() == 0
+    assert (driven / "done").read_text() == "metaformer-this"
