@@ -33,6 +33,7 @@ from soak_faults import FAULTS
 
 INSIDE = "SOAK_INSIDE"
 TARGETS = ("train_classifier", "train_segmenter", "evaluate_classifier", "evaluate_segmenter")
+SEEDS = 3
 INTERVAL = 20
 """Steps between two checkpoints."""
 LEFT_S = 900
@@ -71,7 +72,7 @@ environment:
 """
 SETTINGS = (
     "scale=demo",
-    "seeds=[0,1,2]",
+    f"seeds={[*range(SEEDS)]}".replace(" ", ""),
     "classification.train=[poolformer_s12]",
     "segmentation.train=[poolformer_s12]",
     "ablations.train=[]",
@@ -281,7 +282,10 @@ def _losses(name: str, text: str) -> Iterator[tuple[str, int, int]]:
 def digests(folder: Path) -> dict[str, str]:
     """Of what the graph makes, without times."""
     found = {}
-    for path in sorted([*folder.glob("models/**/*.pt"), *folder.glob("results/**/metrics.json")]):
+    files = [*folder.glob("models/**/*.pt"), *folder.glob("results/evaluate_*/*.json")]
+    if len(files) != len(TARGETS) * SEEDS:
+        raise SoakError(f"{len(files)} files of {len(TARGETS)} stages and {SEEDS} seeds: {files}")
+    for path in sorted(files):
         content = path.read_bytes()
         if path.suffix == ".json":
             content = json.dumps({k: v for k, v in json.loads(content).items() if not k.endswith("_per_s")}).encode()
