@@ -42,14 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(folder: Path | None, num_images: int, repeats: int) -> pd.DataFrame:
-    from benchmarks.photos import copy_images, write_photos
+    from benchmarks.photos import provide_images
 
     with tempfile.TemporaryDirectory() as scratch:
         images = Path(scratch, "images")
-        if folder:
-            copy_images(folder, images, num_images)
-        else:
-            write_photos(images, num_images)
+        provide_images(folder, images, num_images)
         # What runs on the device is not measured; and processes that fork may not have begun to use it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from benchmarks.data_path import measure  # takes ten seconds to import: not for --help, nor before an error

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from statistics import median
 
 import pandas as pd
 
-from benchmarks.machine import machine_row
+from benchmarks.machine import leave, machine_row
 from benchmarks.photos import write_photos
 from pipeline import device as ranks
 from pipeline import experiments
@@ -95,6 +93,4 @@ def measure(batch: int, image_px: int, steps: int, repeats: int) -> dict[str, ob
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # as a worker: threads of the loader still run, and may abort in the interpreter's shutdown
+    leave(main())

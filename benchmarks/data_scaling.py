@@ -14,7 +14,6 @@ import mmap
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from benchmarks.machine import machine_row
-from benchmarks.photos import copy_images, write_photos
+from benchmarks.machine import leave, machine_row
+from benchmarks.photos import provide_images
 
 BATCH_PER_RANK = 64
 IMAGE_PX = 224
@@ -82,10 +81,7 @@ def measure(
 
     with tempfile.TemporaryDirectory() as local:
         photos = Path(local, "photos")
-        if folder is None:
-            write_photos(photos, images)
-        else:
-            copy_images(folder, photos, images)
+        provide_images(folder, photos, images)
         original = Path(local, "photos.beton")
         convert_image_folder(photos, original, workers=len(os.sched_getaffinity(0)))
         files = {"page cache": original, "disk": original}
@@ -191,6 +187,4 @@ def resident_share(file: Path) -> float:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # as a worker: threads of the loader still run, and may abort in the interpreter's shutdown
+    leave(main())

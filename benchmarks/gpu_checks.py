@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 import traceback
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
-from benchmarks.machine import machine_row
+from benchmarks.machine import leave, machine_row
 from benchmarks.photos import write_photos
 from pipeline import device as ranks
 from pipeline import experiments
@@ -424,6 +423,4 @@ def _covered(spans: Spans) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # as a worker: threads of the loader still run, and may abort in the interpreter's shutdown
+    leave(main())

@@ -77,8 +77,9 @@ def _job(run: Path) -> None:
     profile = load_profile(DEFAULT_CLUSTER)
     with ranks.join(0, 1, 0, profile.cpus) as world:
         train(world, run, profile, **json.loads((run / "orders.json").read_text()))
-    sys.stdout.flush()
-    os._exit(0)  # as the worker: threads of the loader still run, and may abort in the interpreter's shutdown
+    from benchmarks.machine import leave
+
+    leave(0)
 
 
 if __name__ == "__main__":

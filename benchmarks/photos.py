@@ -33,6 +33,18 @@ def write_photos(folder: Path, num_images: int) -> None:
         crop.save(path, quality=JPEG_QUALITY)
 
 
+def provide_images(source: Path | None, folder: Path, num_images: int) -> None:
+    """Copies of those in `source`, or crops of the photographs.
+
+    Raises:
+        UserError: `source` is not in ImageNet's layout.
+    """
+    if source is None:
+        write_photos(folder, num_images)
+    else:
+        copy_images(source, folder, num_images)
+
+
 def copy_images(source: Path, folder: Path, num_images: int) -> None:
     """Copy up to `num_images` images, spread evenly over a folder in ImageNet's layout.
 

@@ -104,8 +104,8 @@ class Profile(Strict):
 
     @model_validator(mode="after")
     def _kinds_differ(self) -> "Profile":
-        fewest, most = self.node_range  # raises ValueError
-        if not 1 <= fewest <= most:
+        counts = self.node_counts  # raises ValueError
+        if not counts or counts[0] < 1:
             raise ValueError(f"nodes: {self.nodes} must be a number from 1 on, or a range as 2..8")
         if self.kind == "local":
             if self.nodes != 1:
@@ -150,19 +150,19 @@ class Profile(Strict):
         return self.ranks_per_node or max(1, self.gpus)
 
     @property
-    def node_range(self) -> tuple[int, int]:
-        """The fewest and the most nodes of a job: the same number unless `nodes` is a range."""
+    def node_counts(self) -> range:
+        """The numbers of nodes that a job may have, ascending: one unless `nodes` is a range."""
         if isinstance(self.nodes, int):
-            return self.nodes, self.nodes
+            return range(self.nodes, self.nodes + 1)
         match = re.fullmatch(r"(\d+)\.\.(\d+)", self.nodes)
         if match is None:
             raise ValueError(f"nodes: {self.nodes} must be a number, or a range as 2..8")
-        return int(match[1]), int(match[2])
+        return range(int(match[1]), int(match[2]) + 1)
 
     @property
     def world_size(self) -> int:
         """Ranks of a job that has all its nodes."""
-        return self.node_range[1] * self.ranks_here
+        return self.node_counts[-1] * self.ranks_here
 
     @property
     def cpus(self) -> int:
@@ -233,9 +233,8 @@ def usable_nodes(profile: Profile, batch_size: int, *, accumulates: bool = True)
     Raises:
         UserError: there is none.
     """
-    fewest, most = profile.node_range
     found = []
-    for nodes in range(fewest, most + 1):
+    for nodes in profile.node_counts:
         try:
             split(batch_size, nodes * profile.ranks_here, profile.max_images_per_device, accumulates=accumulates)
         except UserError as error:

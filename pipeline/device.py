@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,13 @@ class World:
     def is_first(self) -> bool:
         """Whether this rank writes the files."""
         return self.rank == 0
+
+    def gather(self, own: Any) -> list[Any]:
+        """What each rank passes, by rank, on all of them: a collective call."""
+        everyone = [own] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, own)
+        return everyone
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import skip
 
@@ -18,6 +19,22 @@ DEV_CLUSTER = Path(__file__).parent.parent / "slurm/dev_cluster"
 STATE = Path("/run/slurm_dev")
 ON_SLURM = [pytest.mark.slow, pytest.mark.usefixtures("nothing_left")]
 """The marks of a module whose tests use the cluster."""
+INTERVAL = 20
+"""Steps between two checkpoints with PROFILE: one with each line of the history."""
+PROFILE = """
+kind: slurm
+nodes: 2
+gpus_per_node: 0
+cpus_per_task: 1
+partition: main
+time_min: 30
+signal_delay_s: 60
+checkpoint_interval_s: 0.001
+environment:
+  SLURM_CONF: /run/slurm_dev/slurm.conf
+  GLOO_SOCKET_IFNAME: lo
+"""
+"""Of trainings that are disturbed."""
 CANNOT_RUN_HERE = 2  # dev_cluster's exit status where the user has to do something first
 
 
@@ -27,6 +44,21 @@ def wait_until(is_so: Callable[[], object], what: str, limit_s: float = 600) -> 
     while not is_so():
         assert time.monotonic() < deadline, f"not within {limit_s:.0f} s: {what}"
         time.sleep(0.2)
+
+
+def rank_processes(job: str | None = None) -> list[tuple[int, psutil.Process]]:
+    """Number and process of each rank of a job, or of all jobs; `job` is SLURM_JOB_ID, in an array, too."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "name"]):
+        if "submitit.core._submit" not in (process.info["cmdline"] or []) or process.info["name"] == "srun":
+            continue
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            continue
+        if "SLURM_PROCID" in environment and job in (None, environment.get("SLURM_JOB_ID")):
+            found.append((int(environment["SLURM_PROCID"]), process))
+    return found
 
 
 def dev_cluster(command: str) -> subprocess.CompletedProcess[str]:

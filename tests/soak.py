@@ -28,14 +28,12 @@ from pathlib import Path
 
 import psutil
 from conftest import Checkout
-from slurm_cluster import STATE, SlurmCluster, dev_cluster
+from slurm_cluster import INTERVAL, PROFILE, STATE, SlurmCluster, dev_cluster, rank_processes
 from soak_faults import FAULTS
 
 INSIDE = "SOAK_INSIDE"
 TARGETS = ("train_classifier", "train_segmenter", "evaluate_classifier", "evaluate_segmenter")
 SEEDS = 3
-INTERVAL = 20
-"""Steps between two checkpoints."""
 LEFT_S = 900
 """After a graph, for its last jobs to end: Slurm takes minutes to miss a batch script whose slurmstepd was killed."""
 STUCK_S = 2400
@@ -56,20 +54,6 @@ EXPECTED = (
     "Already unlocked",
 )
 """What `dvc repro` may end with."""
-PROFILE = """
-kind: slurm
-nodes: 2
-gpus_per_node: 0
-cpus_per_task: 1
-partition: main
-time_min: 30
-signal_delay_s: 60
-stall_min: 2
-checkpoint_interval_s: 0.001
-environment:
-  SLURM_CONF: /run/slurm_dev/slurm.conf
-  GLOO_SOCKET_IFNAME: lo
-"""
 SETTINGS = (
     "scale=demo",
     f"seeds={[*range(SEEDS)]}".replace(" ", ""),
@@ -133,17 +117,7 @@ class Round:
 
     def processes(self, row: Row | None = None) -> list[psutil.Process]:
         """The ranks of a job, or of all."""
-        found = []
-        for process in psutil.process_iter(["cmdline", "name"]):
-            if "submitit.core._submit" not in (process.info["cmdline"] or []) or process.info["name"] == "srun":
-                continue
-            try:
-                environment = process.environ()
-            except psutil.Error:
-                continue
-            if "SLURM_PROCID" in environment and (row is None or environment.get("SLURM_JOB_ID") == row.raw):
-                found.append(process)
-        return found
+        return [process for _, process in rank_processes(None if row is None else row.raw)]
 
     def steps(self) -> int:
         """Of all trainings together."""
@@ -230,7 +204,7 @@ class Round:
                 self.note("released", f"{row.job} {row.reason}")
                 subprocess.run(["scontrol", "release", row.job], env=self.cluster.environment)
             key = f"{row.job} {row.token}"
-            if row.token in tokens or row.name == "doctor-test-job":
+            if row.token in tokens:
                 self.twice_since.pop(key, None)
             elif time.monotonic() - self.twice_since.setdefault(key, time.monotonic()) > 180:
                 raise SoakError(f"{row} belongs to no run folder, for three minutes")
@@ -331,7 +305,7 @@ def prepared(folder: Path, cluster: SlurmCluster) -> Checkout:
     """A checkout with its data, made once."""
     checkout = Checkout.at(folder) if folder.exists() else Checkout(folder)
     _environment(checkout, cluster)
-    (folder / "slurm/soak.yaml").write_text(PROFILE)
+    (folder / "slurm/soak.yaml").write_text(PROFILE + "stall_min: 2\n")
     checkout.pipeline("compose", *SETTINGS)
     checkout.run("dvc", "repro", "convert_imagenet", "convert_ade20k")
     return checkout

@@ -20,31 +20,17 @@ from typing import Any
 import psutil
 import pytest
 from conftest import Checkout
-from slurm_cluster import ON_SLURM, SlurmCluster, wait_until
+from slurm_cluster import INTERVAL, ON_SLURM, PROFILE, SlurmCluster, rank_processes, wait_until
 
 pytest_plugins = "slurm_cluster"
 pytestmark = ON_SLURM
 
 STEPS = 240
-INTERVAL = 20  # steps between two checkpoints
 STALL_MIN = 0.5
 PATIENCE_S = 600  # two cores may have other work to do
 RUN = Path("runs/train_classifier/poolformer_s12-0")
 COMMAND = [sys.executable, "-m", "pipeline", "train_classifier", "poolformer_s12", "0"]
 REPRO = ("dvc", "repro", "-s", "train_classifier@poolformer_s12-0")
-PROFILE = """
-kind: slurm
-nodes: 2
-gpus_per_node: 0
-cpus_per_task: 1
-partition: main
-time_min: 30
-signal_delay_s: 60
-checkpoint_interval_s: 0.001
-environment:
-  SLURM_CONF: /run/slurm_dev/slurm.conf
-  GLOO_SOCKET_IFNAME: lo
-"""
 
 
 class Training:
@@ -107,17 +93,7 @@ class Training:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The ranks' processes."""
-        found = {}
-        for process in psutil.process_iter(["cmdline"]):
-            if "submitit.core._submit" not in (process.info["cmdline"] or []):
-                continue
-            try:
-                environment = process.environ()
-            except psutil.Error:
-                continue
-            if environment.get("SLURM_JOB_ID") == self.job.split("_")[0] and process.name() != "srun":
-                found[int(environment.get("SLURM_PROCID", "-1"))] = process
-        return {rank: process for rank, process in found.items() if rank >= 0}
+        return dict(rank_processes(self.job.split("_")[0]))
 
     def submitted(self) -> set[str]:
         """Every job of this run that Slurm remembers, ended or not."""

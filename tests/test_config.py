@@ -117,7 +117,7 @@ def test_split(batch: int, ranks: int, most: int, expected: tuple[int, int, int]
 
 def test_a_range_of_nodes_uses_those_over_which_the_batch_can_be_spread() -> None:
     profile = Profile(kind="slurm", nodes="2..8", gpus_per_node=8, cpus_per_task=1)
-    assert profile.node_range == (2, 8)
+    assert profile.node_counts == range(2, 9)
     assert profile.world_size == 64
     assert usable_nodes(profile, 4096) == [2, 4, 8]
     assert usable_nodes(profile, 4096, accumulates=False) == [4, 8], "128 images fit on a device"

@@ -70,7 +70,7 @@ def _sizes(profile: Profile, path: Path) -> Iterator[Finding]:
     ]
     for unit, wanted, there in needs:
         enough = sum(number >= wanted for number in there)
-        if enough < profile.node_range[0]:
+        if enough < profile.node_counts[0]:
             text = f"{enough} of {len(nodes)} nodes have the {wanted} {unit} that {profile.nodes} must have (most: "
             yield Finding("fault", "nodes", f"{text}{max(there, default=0)}): correct {path}")
             return
@@ -139,9 +139,8 @@ def try_job(profile: Profile) -> Iterator[Finding]:
         if not entry["locks"]:
             faults.append("got a lock that rank 0 holds: launch from one machine only (flock)")
         yield Finding("fault" if faults else "ok", f"rank {rank}", "; ".join([text, *faults]))
-    allowed = [nodes * profile.ranks_here for nodes in profile.node_range]
-    if not allowed[0] <= len(ranks) <= allowed[1]:
-        yield Finding("fault", "ranks", f"{len(ranks)} instead of {allowed[1]}")
+    if len(ranks) not in [nodes * profile.ranks_here for nodes in profile.node_counts]:
+        yield Finding("fault", "ranks", f"{len(ranks)} instead of {profile.world_size}")
 
 
 def _locks_hold(world: "World", file: Path) -> bool:
@@ -184,9 +183,7 @@ def report(world: "World", run_folder: Path, profile: Profile, *, nonce: str) ->
         "sum": total.item(),
         "locks": _locks_hold(world, run_folder / "flock"),
     }
-    entries: list[Any] = [own] * world.size
-    if world.size > 1:
-        dist.all_gather_object(entries, own)
+    entries = world.gather(own)
     if world.is_first:
         with paths.written_atomically(run_folder / "out/report.json") as temporary:
             temporary.write_text(json.dumps(entries, indent=2))

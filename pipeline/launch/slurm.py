@@ -141,8 +141,8 @@ def script(profile: Profile, scratch: Path) -> Path:
 
     with environment(profile.environment):
         executor = submitit.SlurmExecutor(scratch, python=_python(profile))
-        sizes = list(range(profile.node_range[0], profile.node_range[1] + 1))
-        executor.update_parameters(**_parameters(scratch, "token", profile, scratch, "test", None, Next(), sizes))
+        parameters = _parameters(scratch, "token", profile, scratch, "test", None, Next(), profile.node_counts)
+        executor.update_parameters(**parameters)
         place = scratch / "script.sh"
         place.write_text(executor._make_submission_file_text(executor._submitit_command_str, "test"))
     return place
@@ -189,13 +189,12 @@ def _python(profile: Profile) -> str:
 
 
 def resources(profile: Profile) -> dict[str, Any]:
-    """The resources that a job asks for, by sbatch's and submitit's names."""
+    """The resources that a job asks for but for its nodes, by sbatch's and submitit's names."""
     parameters = {
         "partition": profile.partition,
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "nodes": str(profile.nodes).replace("..", "-"),
         "ntasks_per_node": profile.ranks_here,
         "cpus_per_task": profile.cpus,
         "gpus_per_node": ":".join(filter(None, [profile.gpu_type, str(profile.gpus)])) if profile.gpus else None,

@@ -35,9 +35,9 @@ def ended_without_steps(
     def watch() -> None:
         seen, idle_s, woke = last_step(), 0.0, time.monotonic()
         while idle_s <= limit_s and not over.wait(wait_s):
-            now = time.monotonic()
-            idle_s = idle_s + min(now - woke, 2 * wait_s) if last_step() == seen else 0.0
-            seen, woke = last_step(), now
+            last, now = last_step(), time.monotonic()
+            idle_s = idle_s + min(now - woke, 2 * wait_s) if last == seen else 0.0
+            seen, woke = last, now
         if over.is_set():
             return
         with suppress(StallError), attempts.errors_of_rank(folder, attempt, rank):

@@ -231,7 +231,7 @@ def _write_work(run: Run, profile: Profile, code: Path) -> str | None:
             arguments[after.argument] = str(after.place)
         else:
             raise UserError(f"{run.label} needs {after.place}, which is missing: run `dvc repro` to make it")
-    sizes = list(range(profile.node_range[0], profile.node_range[1] + 1))
+    sizes = list(profile.node_counts)
     if run.work.batch is not None and isinstance(profile.nodes, str):
         sizes = usable_nodes(profile, run.work.batch[0], accumulates=run.work.batch[1])
     content = {

@@ -73,10 +73,7 @@ class Interval:
         }
 
     def _not_finite(self, what: str, task: Task, step: int, index: int, at_fault: Iterable[int]) -> str:
-        ids = [self.sample_ids[index].tolist()]
-        if self.world.size > 1:
-            ids = [[] for _ in range(self.world.size)]
-            dist.all_gather_object(ids, self.sample_ids[index].tolist())
+        ids = self.world.gather(self.sample_ids[index].tolist())
         named = [number for rank in at_fault for number in ids[rank]]
         more = "…" if len(named) > IDS_NAMED else ""
         return (

@@ -156,7 +156,7 @@ def evaluate_model(
     expected = int(loader.reader.num_samples)
     if counts["images"] != expected:
         raise AssertionError(f"{counts['images']} images counted, {expected} in {beton}")
-    predictions = _gather(pd.concat(rows) if rows else pd.DataFrame(), world)
+    predictions = pd.concat(world.gather(pd.concat(rows) if rows else pd.DataFrame()))
     if world.is_first:
         table = predictions.sort_values("sample_id", ignore_index=True)
         if table["sample_id"].tolist() != list(range(expected)):
@@ -184,11 +184,3 @@ def _prediction_rows(sample_ids: Tensor, logits: Tensor, labels: Tensor) -> pd.D
             "probability": top.values.tolist(),
         }
     )
-
-
-def _gather(table: pd.DataFrame, world: ranks.World) -> pd.DataFrame:
-    if world.size == 1:
-        return table
-    tables: list[Any] = [None] * world.size
-    dist.all_gather_object(tables, table)
-    return pd.concat(tables)

@@ -16,7 +16,6 @@ from pipeline import device as ranks
 from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.config import SegmentationEvaluation, validate
-from pipeline.data.beton import open_beton
 from pipeline.data.segmentation import SegmentationEvalBatch, segmentation_eval_loader
 from pipeline.metrics import ConfusionMatrix, count_macs, count_parameters
 from pipeline.models.released_weights import load_released
@@ -27,8 +26,6 @@ from pipeline.tasks.partial import Partial
 log = logging.getLogger(__name__)
 PICTURES, PICTURE_PX = 4, 256
 """How many images, spread over the split, are kept with their prediction, and their longer side at most."""
-
-
 DETAILED = "miou_aligned"
 """The pass whose pictures and counts of each image are kept."""
 
@@ -112,10 +109,13 @@ def evaluate(
                 break
         if not partial.all_finished(state):
             return False
-        result[each.name] = share.over_all_ranks(world, Path(beton))["mIoU"]
-    counts = shares[DETAILED].over_all_ranks(world, Path(beton))
-    pictures = _of_all_ranks(shares[DETAILED].pictures, world)
-    images = _of_all_ranks(shares[DETAILED].images, world)
+        over_all = share.over_all_ranks(world)
+        if over_all["images"] != (expected := int(loader.reader.num_samples)):
+            raise AssertionError(f"{over_all['images']:.0f} images counted, {expected} in {beton}")
+        result[each.name] = over_all["mIoU"]
+        if each.name == DETAILED:
+            counts = over_all
+    pictures, images = world.gather(shares[DETAILED].pictures), world.gather(shares[DETAILED].images)
     if world.device.type == "cuda":
         result["images_per_s"] = counts["images"] / counts["forward_s"]
     result |= {"aacc": counts["aAcc"], "macc": counts["mAcc"], "images": int(counts["images"])}
@@ -170,24 +170,14 @@ class _Share:
     def done(self) -> int:
         return int(self.totals[0])
 
-    def over_all_ranks(self, world: ranks.World, beton: Path) -> dict[str, Any]:
+    def over_all_ranks(self, world: ranks.World) -> dict[str, Any]:
         """A collective call."""
         totals = self.totals.clone()
         if world.size > 1:
             torch.distributed.all_reduce(totals)
         counted, forward_s = totals.tolist()
-        if counted != (expected := int(open_beton(beton, fields=("image", "mask")).num_samples)):
-            raise AssertionError(f"{counted:.0f} images counted, {expected} in {beton}")
         per_class = self.matrix.iou_per_class().tolist()
         return {**self.matrix.compute(), "images": counted, "forward_s": forward_s, "iou_per_class": per_class}
-
-
-def _of_all_ranks(own: Any, world: ranks.World) -> list[Any]:
-    if world.size == 1:
-        return [own]
-    everyone: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(everyone, own)
-    return everyone
 
 
 def _scores(
