@@ -44,8 +44,10 @@ class Strict(BaseModel):
 
 
 class ImageNetData(Strict):
-    source: Literal["digits", "folder"] = Field(description="'digits' writes the demo's images into `root`")
-    root: str = Field(description="folder with train/ and val/, one folder per class in each")
+    source: Literal["digits", "folder", "tar", "parquet"] = Field(
+        description="form of the images in `root`; 'digits' writes the demo's there"
+    )
+    root: str = Field(description="folder with train/ and val/, with ImageNet's tar files, or with the Hub's shards")
     splits: list[Literal["train", "val"]] = Field(description="what is listed and converted; [val] to train nothing")
     num_classes: int = Field(gt=1)
     storage: Literal["original", "compact"] = Field(description="JPEG bytes untouched, or shrunk and re-encoded")
@@ -53,7 +55,7 @@ class ImageNetData(Strict):
 
 class Ade20kData(Strict):
     source: Literal["scenes", "folder"] = Field(description="'scenes' writes the demo's scenes into `root`")
-    root: str = Field(description="folder with images/ and annotations/, {training,validation} in each")
+    root: str = Field(description="folder, or zip file, of images/ and annotations/, {training,validation} in each")
     splits: list[Literal["training", "validation"]] = Field(description="what is listed and converted")
     num_classes: int = Field(gt=1, lt=255, description="without 'other', which is label 0 on disk")
 

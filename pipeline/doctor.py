@@ -181,19 +181,18 @@ def _disk(params: Params) -> Iterator[Finding]:
 def _data(params: Params) -> Iterator[Finding]:
     for data in DATA_SETS.values():
         section = data.section(params)
-        root = Path(section.root)
-        parts = [part for split in section.splits for part in data.splits[split].folders]
-        if section.source != "folder":
-            yield Finding("ok", data.title, f"handwritten digits, written to {root} by the prepare stage")
-        elif missing := [part for part in parts if not (root / part).is_dir()]:
-            text = f"{root}/{missing[0]} is missing: put the data there, or link it, or set {data.name}.root"
+        if data.is_made_here(params):
+            yield Finding("ok", data.title, f"handwritten digits, written to {section.root} by the prepare stage")
+            continue
+        try:
+            load(data.check)(section)
+            yield Finding("ok", data.title, section.root)
+        except UserError as error:
             tasks = [task for task in TASKS.values() if task.data is data]
             if any(task.variants(params) or task.released_names(params) for task in tasks):
-                yield Finding("fault", data.title, text)
+                yield Finding("fault", data.title, str(error))
             else:
-                yield Finding("note", data.title, f"{text}; `dvc repro compare_with_paper` does without it")
-        else:
-            yield Finding("ok", data.title, str(root))
+                yield Finding("note", data.title, f"{error}; `dvc repro compare_with_paper` does without it")
 
 
 def _test_sets(params: Params) -> Iterator[Finding]:

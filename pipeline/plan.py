@@ -240,7 +240,7 @@ def _images(params: Params, data: DataSet, split: str) -> int:
     images, _ = _listed(paths.listing(data.name, split).absolute())
     if images:
         return images
-    if data.section(params).source != "folder":
+    if data.is_made_here(params):
         stages = " ".join(f"prepare_{name}" for name in DATA_SETS)
         raise UserError(f"the demo's images are not written yet: run `dvc repro {stages}` first")
     return data.splits[split].images

@@ -79,7 +79,7 @@ def difference(data: bytes, path: Path, rng: np.random.Generator, seen: Counter[
     whole = decoded(data)  # whatever conversion thinks of it
     path.write_bytes(data)
     try:
-        sample = original_sample(str(path))
+        sample = original_sample(str(path), path.read_bytes())
     except UserError:
         seen["refused"] += 1
         return None

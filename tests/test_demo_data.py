@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from pipeline.data.demo import CLASSES, draw_scene, load_digits, write_digits, write_scenes
-from pipeline.data.folders import class_names, list_image_folder, list_segmentation_folder
+from pipeline.data.folders import class_names, list_image_folder
+from pipeline.data.segmentation_files import files_at, list_segmentation_images
 from pipeline.errors import UserError
 
 
@@ -64,7 +65,7 @@ def test_the_same_digits_are_written_again(digits_folder: Path, tmp_path: Path) 
 def test_a_folder_made_here_is_replaced_and_any_other_refused(tmp_path: Path) -> None:
     write_scenes(tmp_path / "scenes", train_images=2, val_images=1)
     write_scenes(tmp_path / "scenes", train_images=1, val_images=1)
-    assert len(list_segmentation_folder(tmp_path / "scenes", "training")) == 1
+    assert len(list_segmentation_images(files_at(tmp_path / "scenes"), "training")) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(UserError, match="mine exists and was not made by this pipeline"):
@@ -87,12 +88,13 @@ def test_scenes_have_ade20ks_layout(tmp_path: Path) -> None:
     write_scenes(tmp_path / "scenes", train_images=60, val_images=60, image_size_px=96)
     assert len(CLASSES) == 11
     for split, count in (("training", 60), ("validation", 60)):
-        pairs = list_segmentation_folder(tmp_path / "scenes", split)
+        root = tmp_path / "scenes"
+        pairs = list_segmentation_images(files_at(root), split)
         assert len(pairs) == count
         seen = np.zeros(256, int)
         for index in range(count):
-            image = Image.open(pairs.root / pairs.relative_path(index))
-            mask = Image.open(pairs.root / pairs.label(index))
+            image = Image.open(root / pairs.relative_path(index))
+            mask = Image.open(root / pairs.label(index))
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (96, 96))
             assert (mask.format, mask.mode, mask.size) == ("PNG", "L", (96, 96))
             labels = np.bincount(np.asarray(mask).ravel(), minlength=256)

@@ -1,7 +1,7 @@
 """FFCV's .beton file, version 2, as ffcv 1.0.2 reads it: opened with checks, written in order.
 
 ffcv's own writer lets its processes race for pages, encodes every JPEG anew, and hangs when one of its processes dies.
-This one puts the samples one after another, so the same samples give the same bytes. The layout: header, field
+This one puts the samples one behind another, so the same samples give the same bytes. The layout: header, field
 descriptors, one metadata row for each sample, the samples, the allocation table of `(sample, pointer, bytes)`.
 """
 
@@ -66,7 +66,9 @@ def open_beton(path: str | Path, *, fields: Sequence[str] | None = ("image", "la
 
 
 class BetonWriter:
-    """Writes samples in order to `path`, which is a .beton once the `with` block has ended.
+    """Writes samples to `path`, which is a .beton once the `with` block has ended.
+
+    In order by `place`; or in any order by `write`, after `reserve` was told the sizes of all in order.
 
     A block that ends with an error leaves the file without a header; the caller removes it.
     """
@@ -82,19 +84,23 @@ class BetonWriter:
         allocating = _allocating(self.descriptors)
         self.allocations = np.zeros((num_samples, allocating), ALLOC_TABLE_TYPE)
         self.page_bytes = MIN_PAGE_BYTES
-        self.written = 0
+        self.reserved = self.written = 0
         self.position = _round_up(HeaderType.itemsize + self.descriptors.nbytes + self.metadata.nbytes, MIN_PAGE_BYTES)
         self.file = path.open("wb", buffering=MIN_PAGE_BYTES)
         self.file.seek(self.position)
 
     def place(self, blobs: Sequence[bytes]) -> list[int]:
-        """Write the next sample's blobs, one for each field that allocates; return their pointers.
+        """Write the next sample's blobs, one for each field that allocates; return their pointers."""
+        self.reserve([len(blob) for blob in blobs])
+        return self.write(self.reserved - 1, blobs)
+
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """Give the next sample its place, by the bytes of its blobs.
 
         No sample crosses a page's border. Pages are of `MIN_PAGE_BYTES` until a sample is larger;
         that one begins at a multiple of the page it needs. What lies inside small pages lies inside
         large ones too, so a single pass will do.
         """
-        sizes = [len(blob) for blob in blobs]
         page_bytes = max(MIN_PAGE_BYTES, 1 << (sum(sizes) - 1).bit_length())
         if page_bytes > MAX_PAGE_BYTES:
             raise UserError(f"a sample of {sum(sizes)} bytes is more than FFCV's {MAX_PAGE_BYTES}")
@@ -102,15 +108,23 @@ class BetonWriter:
         start = self.position
         if start // page_bytes != (start + sum(sizes) - 1) // page_bytes:
             start = _round_up(start, page_bytes)
-            self.file.seek(start)
-        pointers = [start + sum(sizes[:i]) for i in range(len(sizes))]
+        row = self.allocations[self.reserved]
+        row["sample_id"], row["size"] = self.reserved, sizes
+        row["ptr"] = [start + sum(sizes[:i]) for i in range(len(sizes))]
+        self.position = start + sum(sizes)
+        self.reserved += 1
+
+    def write(self, index: int, blobs: Sequence[bytes]) -> list[int]:
+        """Write a sample where its place was reserved; return the pointers of its blobs."""
+        pointers, sizes = (self.allocations[index][column].tolist() for column in ("ptr", "size"))
+        if sizes != [len(blob) for blob in blobs]:
+            raise UserError(f"sample {index} has changed while it was read: run it again")
+        if self.file.tell() != pointers[0]:
+            self.file.seek(pointers[0])
         for blob in blobs:
             self.file.write(blob)
-        row = self.allocations[self.written]
-        row["sample_id"], row["ptr"], row["size"] = self.written, pointers, sizes
-        self.position = start + sum(sizes)
         self.written += 1
-        return pointers
+        return list(pointers)
 
     def __enter__(self) -> Self:
         return self
@@ -131,6 +145,7 @@ class BetonWriter:
         header["version"], header["num_fields"] = CURRENT_VERSION, len(self.fields)
         header["page_size"], header["num_samples"] = self.page_bytes, self.written
         header["alloc_table_ptr"] = self.position
+        self.file.seek(self.position)
         self.file.write(self.allocations.view(np.uint8).data)
         self.file.seek(0)
         for part in (header, self.descriptors, self.metadata):

@@ -1,4 +1,4 @@
-"""The two folder layouts that the pipeline reads, ImageNet's and ADE20K's: listed and checked.
+"""Images by class, in ImageNet's folder layout: listed and checked.
 
 A sample's index, in a .beton and everywhere after it, is its position in these lists.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +22,45 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 MADE_HERE = "MADE_BY_PIPELINE.txt"
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """Images in ImageNet's layout, `<root>/<class>/<file>`: sorted by class folder, then by file.
+class Listed(Protocol):
+    """A split's samples, in order."""
 
-    `labels` is int32 `(N,)`, the class's position in `classes`; `sizes_bytes` is int64 `(N,)`.
+    def __len__(self) -> int: ...
+
+    def sizes_bytes(self) -> npt.NDArray[np.int64]:
+        """Of the images' files, `(N,)`."""
+        ...
+
+    def total_bytes(self) -> int: ...
+
+    def relative_path(self, index: int) -> str: ...
+
+    def label(self, index: int) -> str:
+        """The class's number, or the annotation's path."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A split's images in the order of ImageNet's folders: sorted by class, then by file.
+
+    `labels` is int32 `(N,)`, the class's position in `classes`.
     """
 
     root: Path
     classes: tuple[str, ...]
     names: list[str]
     labels: npt.NDArray[np.int32]
-    sizes_bytes: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def sizes_bytes(self) -> npt.NDArray[np.int64]:
+        """Of the images' files, `(N,)`."""
+        raise NotImplementedError
+
+    def total_bytes(self) -> int:
+        return int(self.sizes_bytes().sum())
 
     def relative_path(self, index: int) -> str:
         return f"{self.classes[self.labels[index]]}/{self.names[index]}"
@@ -45,26 +70,21 @@ class ImageFolder:
 
 
 @dataclass(frozen=True)
-class SegmentationFolder:
-    """One split in ADE20K's layout: `images/<split>/X.jpg` with `annotations/<split>/X.png`.
+class ImageFolder(LabelledImages):
+    """Images in files: `<root>/<class>/<file>`, or `<root>/<file>` if `is_flat`."""
 
-    Sorted by X. `sizes_bytes` is int64 `(N,)`, the image's bytes.
-    """
+    sizes: npt.NDArray[np.int64]
+    is_flat: bool = False
 
-    root: Path
-    split: str
-    names: list[str]
-    sizes_bytes: npt.NDArray[np.int64]
+    def sizes_bytes(self) -> npt.NDArray[np.int64]:
+        return self.sizes
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def place(self, index: int) -> str:
+        """An image's file."""
+        return f"{self.root}/{self.names[index] if self.is_flat else self.relative_path(index)}"
 
-    def relative_path(self, index: int) -> str:
-        return f"images/{self.split}/{self.names[index]}"
-
-    def label(self, index: int) -> str:
-        """The annotation's path, relative to the root."""
-        return f"annotations/{self.split}/{Path(self.names[index]).stem}.png"
+    def read(self, index: int) -> bytes:
+        return read_file(self.place(index))
 
 
 def class_names(folder: str | Path) -> tuple[str, ...]:
@@ -95,7 +115,7 @@ def list_image_folder(
     Args:
         folder: the folder that holds one folder for each class.
         num_classes: how many classes there have to be; None takes any number.
-        classes: the class folders there have to be, for instance `class_names(train)` for the
+        classes: the class folders there have to be, for instance those of the training part for the
             validation part, whose labels would silently shift if one class were missing.
 
     Raises:
@@ -104,22 +124,12 @@ def list_image_folder(
     """
     root = Path(folder)
     found = class_names(root)
-    if classes is not None and found != tuple(classes):
-        missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
-        raise UserError(
-            f"{root}: {len(found)} classes found, {len(classes)} expected"
-            f"{_some('; missing', missing)}{_some('; not expected', extra)}"
-        )
-    if num_classes is not None and len(found) != num_classes:
-        raise UserError(
-            f"{root}: {len(found)} classes found, {num_classes} expected "
-            f"({found[0]} to {found[-1]}): add or remove class folders"
-        )
+    check_classes(root, found, num_classes, classes)
     names: list[str] = []
     labels: list[npt.NDArray[np.int32]] = []
     sizes: list[npt.NDArray[np.int64]] = []
     for label, name in enumerate(found):
-        files = _image_files(root / name)
+        files = image_files(root / name)
         if not files:
             raise UserError(f"{root / name} holds no images: add them or remove the class folder")
         names.extend(files)
@@ -128,50 +138,33 @@ def list_image_folder(
     return ImageFolder(root, found, names, np.concatenate(labels), np.concatenate(sizes))
 
 
-def list_segmentation_folder(root: str | Path, split: str) -> SegmentationFolder:
-    """List and check one split of a folder in ADE20K's layout; images and annotations pair by stem.
-
-    Raises:
-        UserError: a folder is missing or empty, or an image or an annotation has no partner.
-    """
-    root = Path(root)
-    image_folder, mask_folder = root / "images" / split, root / "annotations" / split
-    for folder in (image_folder, mask_folder):
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder} is not there: ADE20K's layout is images/{{training,validation}}/X.jpg "
-                "beside annotations/{training,validation}/X.png"
-            )
-    images, masks = _image_files(image_folder), _image_files(mask_folder)
-    if not images:
-        raise UserError(f"{image_folder} holds no images")
-    seen: dict[str, str] = {}
-    for name in images:
-        stem = Path(name).stem
-        if stem in seen:
-            raise UserError(f"{image_folder}: {seen[stem]} and {name} share one annotation; remove one of them")
-        if f"{stem}.png" not in masks:
-            raise UserError(f"{image_folder / name} has no annotation: {mask_folder / stem}.png is missing")
-        seen[stem] = name
-    for name in masks:
-        if Path(name).stem not in seen or Path(name).suffix != ".png":
-            raise UserError(f"{mask_folder / name} has no image of the same name in {image_folder}")
-    ordered = sorted(seen)
-    names = [seen[stem] for stem in ordered]
-    sizes = np.fromiter((images[name] for name in names), np.int64, len(names))
-    return SegmentationFolder(root, split, names, sizes)
+def check_classes(
+    where: Path, found: Sequence[str], num_classes: int | None, classes: Sequence[str] | None = None
+) -> None:
+    """Raise UserError if the classes found are not those expected, or not so many."""
+    if classes is not None and tuple(found) != tuple(classes):
+        missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        raise UserError(
+            f"{where}: {len(found)} classes found, {len(classes)} expected"
+            f"{_some('; missing', missing)}{_some('; not expected', extra)}"
+        )
+    if num_classes is not None and len(found) != num_classes:
+        raise UserError(
+            f"{where}: {len(found)} classes found, {num_classes} expected "
+            f"({found[0]} to {found[-1]}): add or remove class folders"
+        )
 
 
-def write_listing(path: str | Path, folder: ImageFolder | SegmentationFolder) -> None:
-    """Write what a folder holds as CSV, `path,label,bytes`, for DVC to track in its stead."""
+def write_listing(path: str | Path, images: Listed) -> None:
+    """Write what a split holds as CSV, `path,label,bytes`, for DVC to track in its stead."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("path", "label", "bytes"))
-        for index in range(len(folder)):
-            rows.writerow((folder.relative_path(index), folder.label(index), folder.sizes_bytes[index]))
+        for index, size in enumerate(images.sizes_bytes()):
+            rows.writerow((images.relative_path(index), images.label(index), size))
     partial.replace(path)
 
 
@@ -200,7 +193,15 @@ def build_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _image_files(folder: Path) -> dict[str, int]:
+def read_file(path: str) -> bytes:
+    """A whole file; raises UserError, which names it, if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def image_files(folder: Path) -> dict[str, int]:
     """The names of a folder's images, sorted, with their sizes in bytes."""
     files: dict[str, int] = {}
     with os.scandir(folder) as entries:

@@ -41,28 +41,26 @@ class StoredSample(NamedTuple):
         return digest.hexdigest()
 
 
-def original_sample(path: str) -> StoredSample:
+def original_sample(place: str, data: bytes) -> StoredSample:
     """A plain JPEG's own bytes; for any other image the RGB pixels of Pillow's `convert("RGB")`.
 
-    Raises UserError, which names the file, if it is empty, cut short, or no image.
+    Raises UserError, which names the place, if the file is empty, cut short, or no image.
     """
-    data = _read(path)
-    if size := plain_jpeg_size(data):
+    if size := plain_jpeg_size(_not_empty(place, data)):
         return StoredSample("jpg", *size, (data,))
-    image = _pillow_rgb(path, data)
+    image = _pillow_rgb(place, data)
     return StoredSample("raw", *image.size, (image.tobytes(),))
 
 
-def compact_sample(path: str) -> StoredSample:
+def compact_sample(place: str, data: bytes) -> StoredSample:
     """The image with its short side shrunk to `COMPACT_SHORT_SIDE_PX`, as a new JPEG.
 
     What is not larger than that is as in `original_sample`. Raises the same errors.
     """
-    data = _read(path)
-    size = plain_jpeg_size(data)
+    size = plain_jpeg_size(_not_empty(place, data))
     if size and min(size) <= COMPACT_SHORT_SIDE_PX:
         return StoredSample("jpg", *size, (data,))
-    image = _pillow_rgb(path, data)
+    image = _pillow_rgb(place, data)
     if min(image.size) <= COMPACT_SHORT_SIDE_PX:
         return StoredSample("raw", *image.size, (image.tobytes(),))
     scale = COMPACT_SHORT_SIDE_PX / min(image.size)
@@ -73,25 +71,24 @@ def compact_sample(path: str) -> StoredSample:
     return StoredSample("jpg", width, height, (encoded.getvalue(),))
 
 
-def segmentation_sample(path: str, mask_path: str, num_classes: int) -> StoredSample:
+def segmentation_sample(place: str, data: bytes, mask_place: str, mask_data: bytes, num_classes: int) -> StoredSample:
     """A plain JPEG's own bytes, or OpenCV's pixels in RGB; then the mask's `(H, W)` uint8 labels.
 
     The mask has to fit the image as OpenCV decodes it, that is, rotated if its EXIF data says so.
-    Raises UserError, which names the file, if either cannot be decoded or the mask does not fit.
+    Raises UserError, which names the place, if either cannot be decoded or the mask does not fit.
     """
-    data = _read(path)
-    size = plain_jpeg_size(data)
+    size = plain_jpeg_size(_not_empty(place, data))
     if size is None:
-        _pillow_rgb(path, data)  # OpenCV makes an image even of a file cut short; Pillow refuses
+        _pillow_rgb(place, data)  # OpenCV makes an image even of a file cut short; Pillow refuses
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
-        raise UserError(f"{path} cannot be decoded by OpenCV: replace or remove it")
+        raise UserError(f"{place} cannot be decoded by OpenCV: replace or remove it")
     height, width = pixels.shape[:2]
-    mask = _read_mask(mask_path)
+    mask = _read_mask(mask_place, mask_data)
     if mask.shape != (height, width):
-        raise UserError(f"{mask_path} is {mask.shape[1]}x{mask.shape[0]} px, but its image is {width}x{height}")
+        raise UserError(f"{mask_place} is {mask.shape[1]}x{mask.shape[0]} px, but its image is {width}x{height}")
     if mask.max() > num_classes:
-        raise UserError(f"{mask_path} has the label {mask.max()}; 0 (other) to {num_classes} are expected")
+        raise UserError(f"{mask_place} has the label {mask.max()}; 0 (other) to {num_classes} are expected")
     if size:
         return StoredSample("jpg", *size, (data, mask.tobytes()))
     return StoredSample("raw", width, height, (pixels[..., ::-1].tobytes(), mask.tobytes()))
@@ -152,38 +149,33 @@ def _scan_ends(data: bytes, start: int) -> npt.NDArray[np.int64]:
     return candidates[_ENDS_SCAN[values[candidates + 1]]] + start
 
 
-def _read(path: str) -> bytes:
-    try:
-        with io.FileIO(path) as file:
-            data = file.readall()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+def _not_empty(place: str, data: bytes) -> bytes:
     if not data:
-        raise UserError(f"{path} is empty: replace or remove it")
+        raise UserError(f"{place} is empty: replace or remove it")
     return data
 
 
-def _pillow_rgb(path: str, data: bytes) -> Image.Image:
+def _pillow_rgb(place: str, data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             rgb = image.convert("RGB")
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image (it begins {data[:16]!r}): replace or remove it") from error
+        raise UserError(f"{place} is not an image (it begins {data[:16]!r}): replace or remove it") from error
     except Exception as error:  # Pillow's plugins raise what they like on bad data
-        raise UserError(f"{path} cannot be decoded ({error}): replace or remove it") from error
+        raise UserError(f"{place} cannot be decoded ({error}): replace or remove it") from error
     if max(rgb.size) > MAX_SIDE_PX:
-        raise UserError(f"{path} is {rgb.width}x{rgb.height} px: FFCV's limit is {MAX_SIDE_PX}")
+        raise UserError(f"{place} is {rgb.width}x{rgb.height} px: FFCV's limit is {MAX_SIDE_PX}")
     return rgb
 
 
-def _read_mask(path: str) -> npt.NDArray[np.uint8]:
+def _read_mask(place: str, data: bytes) -> npt.NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(_read(path))) as image:
+        with Image.open(io.BytesIO(_not_empty(place, data))) as image:
             mode, labels = image.mode, np.asarray(image)
     except UserError:
         raise
     except Exception as error:  # Pillow's plugins raise what they like on bad data
-        raise UserError(f"{path} cannot be decoded ({error}): replace or remove it") from error
+        raise UserError(f"{place} cannot be decoded ({error}): replace or remove it") from error
     if mode not in ("L", "P"):
-        raise UserError(f"{path} is of mode {mode}; an annotation is an 8-bit PNG, one label for each pixel")
+        raise UserError(f"{place} is of mode {mode}; an annotation is an 8-bit PNG, one label for each pixel")
     return labels

@@ -1,5 +1,6 @@
 """What the report is made of, gathered from results/, runs/ and the checkout."""
 
+import io
 import json
 from dataclasses import asdict
 from importlib.metadata import version
@@ -11,6 +12,8 @@ import pandas as pd
 from pipeline import paths
 from pipeline.catalogue import COMPARISONS, TASKS
 from pipeline.config import Params
+from pipeline.data.segmentation_files import files_at
+from pipeline.errors import UserError
 from pipeline.launch import record
 from pipeline.launch.usage import efficiency
 from pipeline.launch.works import training_folder
@@ -202,7 +205,7 @@ def _top1(task: Task, variant: str, seed: int, curve: pd.DataFrame) -> pd.DataFr
 
 def background(params: Params) -> Background:
     """Cost, provenance, classes and pictures; what is not there is left out."""
-    names = _class_names(Path(params.ade20k.root))
+    names = _class_names(params.ade20k.root)
     iou: list[pd.DataFrame] = []
     pictures: dict[str, Path] = {}
     for task in TASKS.values():
@@ -232,12 +235,13 @@ def background(params: Params) -> Background:
     )
 
 
-def _class_names(root: Path) -> dict[int, str]:
+def _class_names(root: str) -> dict[int, str]:
     """From the data set's own list, whose numbers begin with 1; empty where it has none."""
-    file = root / "objectInfo150.txt"
-    if not file.exists():
+    try:
+        file = files_at(root).read("objectInfo150.txt")
+    except UserError:
         return {}
-    table = pd.read_csv(file, sep="\t", skipinitialspace=True)
+    table = pd.read_csv(io.BytesIO(file), sep="\t", skipinitialspace=True)
     return {int(row["Idx"]) - 1: str(row["Name"]).partition(",")[0].strip() for _, row in table.iterrows()}
 
 

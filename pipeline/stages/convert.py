@@ -15,7 +15,7 @@ from pipeline.tasks.description import DataSet, load
 
 def run(params: Params, data: DataSet) -> None:
     section = data.section(params)
-    if not Path(section.root).is_dir():
+    if not Path(section.root).exists():
         raise UserError(f"{section.root} is gone since it was listed: run `dvc repro -f -s prepare_{data.name}`")
     refuse_while_read([data.beton(split) for split in section.splits])
     load(data.convert)(section, workers=cluster.cores_here())

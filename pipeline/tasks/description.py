@@ -18,8 +18,6 @@ from pipeline.errors import find
 class Split:
     """One split of a data set, as published."""
 
-    folders: tuple[str, ...]
-    """Beneath the data set's root."""
     images: int
     size_bytes: float
 
@@ -36,8 +34,12 @@ class DataSet:
     """The split that is trained on."""
     evaluation: str
     """The split that is measured on."""
+    demo: str
+    """The `source` that makes `prepare` write the demo's images."""
     prepare: str
     """(its section of params.yaml): write the demo's images if asked for, check the folder, list its files."""
+    check: str
+    """(its section): raise UserError if something that lies in its root is missing; quick."""
     convert: str
     """(its section, workers): list to .beton, for each split that the section names."""
     convert_code: tuple[str, ...]
@@ -47,6 +49,9 @@ class DataSet:
 
     def section(self, params: Params) -> Any:
         return getattr(params, self.name)
+
+    def is_made_here(self, params: Params) -> bool:
+        return bool(self.section(params).source == self.demo)
 
     def beton(self, split: str) -> Path:
         return paths.beton(self.name, split)

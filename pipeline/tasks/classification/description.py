@@ -48,12 +48,14 @@ IMAGENET = DataSet(
     name="imagenet",
     title="ImageNet",
     # ILSVRC2012's two archives.
-    splits={"train": Split(("train",), 1_281_167, 147.9e9), "val": Split(("val",), 50_000, 6.7e9)},
+    splits={"train": Split(1_281_167, 147.9e9), "val": Split(50_000, 6.7e9)},
     training="train",
     evaluation="val",
+    demo="digits",
     prepare="pipeline.tasks.classification.images:prepare",
+    check="pipeline.data.imagenet:check",
     convert="pipeline.tasks.classification.images:convert",
-    convert_code=("pipeline.data.convert:convert_image_folder", "pipeline.data.folders:class_names"),
+    convert_code=("pipeline.data.convert:convert_images", "pipeline.data.imagenet:list_imagenet"),
     beton_share=_beton_share,
 )
 CLASSIFIER = Task(

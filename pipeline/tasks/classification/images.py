@@ -1,34 +1,38 @@
-"""ImageNet's folder, or the demo's handwritten digits in its place: listed, then converted."""
+"""ImageNet in whichever form it is there, or the demo's handwritten digits in its place: listed, then converted."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import paths
 from pipeline.config import ImageNetData
-from pipeline.data.convert import convert_image_folder
+from pipeline.data.convert import convert_images
 from pipeline.data.demo import write_digits
-from pipeline.data.folders import class_names, list_image_folder, write_listing
+from pipeline.data.folders import LabelledImages, write_listing
+from pipeline.data.imagenet import list_imagenet
+from pipeline.tasks.classification.description import file_of_timm
 
 
 def prepare(data: ImageNetData) -> None:
     """Write `data/listings/imagenet/{split}.csv` for each split."""
-    root = Path(data.root)
     if data.source == "digits":
-        write_digits(root)
-    classes = class_names(root / data.splits[0])
-    for split in data.splits:
-        folder = list_image_folder(root / split, num_classes=data.num_classes, classes=classes)
-        write_listing(paths.listing("imagenet", split), folder)
+        write_digits(data.root)
+    for split, images in listed(data):
+        write_listing(paths.listing("imagenet", split), images)
 
 
 def convert(data: ImageNetData, workers: int) -> None:
     """Write `data/beton/imagenet/{split}.beton` and its manifest for each split."""
-    classes = class_names(Path(data.root) / data.splits[0])
+    for split, images in listed(data):
+        convert_images(images, paths.beton("imagenet", split), storage=data.storage, workers=workers)
+
+
+def listed(data: ImageNetData) -> Iterator[tuple[str, LabelledImages]]:
+    """Each split with its images; all have the classes of the first."""
+    synsets = file_of_timm("imagenet_synsets.txt").read_text().split()
+    classes = None
     for split in data.splits:
-        convert_image_folder(
-            Path(data.root) / split,
-            paths.beton("imagenet", split),
-            storage=data.storage,
-            workers=workers,
-            num_classes=data.num_classes,
-            classes=classes,
+        images = list_imagenet(
+            data.source, Path(data.root), split, num_classes=data.num_classes, synsets=synsets, classes=classes
         )
+        classes = images.classes
+        yield split, images

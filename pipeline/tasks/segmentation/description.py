@@ -49,12 +49,14 @@ ADE20K = DataSet(
     title="ADE20K",
     # ADEChallengeData2016, shared out by images.
     splits={
-        "training": Split(("images/training", "annotations/training"), 20_210, 0.9e9),
-        "validation": Split(("images/validation", "annotations/validation"), 2_000, 0.1e9),
+        "training": Split(20_210, 0.9e9),
+        "validation": Split(2_000, 0.1e9),
     },
     training="training",
     evaluation="validation",
+    demo="scenes",
     prepare="pipeline.tasks.segmentation.images:prepare",
+    check="pipeline.data.segmentation_files:check",
     convert="pipeline.tasks.segmentation.images:convert",
     convert_code=("pipeline.data.convert:convert_segmentation_folder",),
 )
