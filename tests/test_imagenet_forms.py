@@ -133,7 +133,7 @@ def write_flat_with_lines(root: Path, images: Images) -> None:
 
 def write_tars(root: Path, images: Images) -> None:
     """As published: a tar file of a tar file for each class, neither in sorted order; a flat one; the kit."""
-    root.mkdir()
+    root.mkdir(parents=True)
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
         for synset in (SYNSETS[1], SYNSETS[2], SYNSETS[0]):
             inner_bytes = io.BytesIO()
@@ -389,3 +389,21 @@ def test_what_is_missing_is_named_by_the_check(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             check(section(source, tmp_path))
+
+
+def test_stages_read_archives_and_leave_no_file_unpacked(
+    images: Images, expected: dict[str, dict[str, bytes]], in_checkout: Path
+) -> None:
+    from pipeline.tasks.classification.images import convert, prepare
+
+    for form in ("the published tar files", "the Hub's shards"):
+        source, write = FORMS[form]
+        root = in_checkout / "data" / source
+        write(root, images)
+        before = sorted(root.rglob("*"))
+        prepare(section(source, root))
+        convert(section(source, root), workers=2)
+        assert sorted(root.rglob("*")) == before
+        for split in ("train", "val"):
+            assert paths.listing("imagenet", split).read_bytes() == expected["original"][f"{split}.csv"]
+            assert paths.beton("imagenet", split).read_bytes() == expected["original"][f"{split}.beton"]
