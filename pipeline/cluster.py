@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 
 FOR_SLURM = (
     "partition", "account", "qos", "constraint", "memory_gb", "time_min", "signal_delay_s", "array_parallelism",
-    "queue_ahead", "max_jobs", "drive", "notify", "gpu_type", "srun_args", "container", "setup", "additional",
+    "max_jobs", "drive", "notify", "gpu_type", "srun_args", "container", "setup", "additional",
 )  # fmt: skip
 
 
@@ -35,6 +35,9 @@ INSTEAD = {
     "error": "nothing (logs lie in the run folder)",
 }
 """Options of sbatch that `additional` must not have, and the field that has their place."""
+JOB_GB, JOBS_HERE = 4, 4
+"""What a job of the demo needs at most, and how many run side by side without GPUs: its tensors are too small for many
+threads, and two jobs of one thread each are done in half of the time of one after another with two."""
 _SECRET_NAME = re.compile(r"token|passw|passphrase|secret|credential|(api|access|private|auth)_?key|jwt", re.I)
 _SECRET_VALUE = re.compile(r"://[^/@\s]+@")
 """An address with a user or a password in it."""
@@ -83,8 +86,10 @@ class Profile(Strict):
     time_min: int = Field(default=24 * 60, ge=1, description="longest a job may run before it is requeued")
     signal_delay_s: int = Field(default=120, ge=1, description="warning before the time limit, to write a checkpoint")
     array_parallelism: int = Field(default=256, ge=1, description="how many trainings queued together may run at once")
-    queue_ahead: int | None = Field(
-        default=None, ge=0, description="trainings queued beyond the one that dvc repro waits for; default: all"
+    queue_ahead: int | Literal["auto"] | None = Field(
+        default=None,
+        description="trainings queued beyond the job that dvc repro waits for; default: all, or none on this machine, "
+        "where they run beside it; 'auto' (local only): as many as a machine without GPUs has room for",
     )
     gpu_type: str | None = Field(default=None, description="as in --gpus-per-node=TYPE:NUMBER")
     srun_args: tuple[str, ...] = Field(default=(), description="further options of srun, as --mpi=none")
@@ -110,12 +115,14 @@ class Profile(Strict):
         if self.kind == "local":
             if self.nodes != 1:
                 raise ValueError("kind local has one node; use kind slurm for more")
+            if self.gpus and self.ahead:
+                raise ValueError("queue_ahead: jobs side by side would share the GPUs of this machine: set it to 0")
             if only := [name for name in FOR_SLURM if name in self.model_fields_set]:
                 raise ValueError(f"{', '.join(only)} means nothing for kind local: remove it")
         elif wrong := self._wrong_additional():
             raise ValueError(wrong)
-        elif self.gpus_per_node == "auto" or self.cpus_per_task == "auto":
-            raise ValueError("'auto' is for kind local: give gpus_per_node and cpus_per_task as numbers")
+        elif "auto" in (self.gpus_per_node, self.cpus_per_task, self.queue_ahead):
+            raise ValueError("'auto' is for kind local: give gpus_per_node, cpus_per_task and queue_ahead as numbers")
         elif self.signal_delay_s >= self.time_min * 60:
             raise ValueError(f"signal_delay_s ({self.signal_delay_s}) must be below time_min ({self.time_min} min)")
         return self
@@ -165,11 +172,19 @@ class Profile(Strict):
         return self.node_counts[-1] * self.ranks_here
 
     @property
+    def ahead(self) -> int | None:
+        """Trainings beyond the job that `dvc repro` waits for; None: all."""
+        if self.queue_ahead == "auto":
+            memory_gb = psutil.virtual_memory().total / 1e9
+            return 0 if self.gpus else max(0, min(cores_here(), int(memory_gb / JOB_GB), JOBS_HERE) - 1)
+        return 0 if self.kind == "local" and self.queue_ahead is None else self.queue_ahead
+
+    @property
     def cpus(self) -> int:
         """CPU cores per rank."""
         if self.cpus_per_task != "auto":
             return self.cpus_per_task
-        return max(1, cores_here() // self.ranks_here)
+        return max(1, cores_here() // self.ranks_here // (1 + (self.ahead or 0)))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """On Slurm all trainings are queued at once: by `python -m pipeline submit`, or by the first that `dvc repro` runs.
+On this machine as many as the profile allows run beside what `dvc repro` waits for.
 
 DVC runs one stage after another and does not tell it which ones follow. It does record what it runs in
 `.dvc/tmp/rwlock`: the command line of the `dvc repro` that holds this stage's outputs. DVC's own parser reads its
@@ -33,12 +34,14 @@ from pipeline.launch.submission import Run, attach, state, submit
 from pipeline.launch.works import of_stage
 
 log = logging.getLogger(__name__)
+TEND_S = {True: 60.0, False: 5.0}
+"""How often the others are looked after; more often where a job that has ended leaves a core without work."""
 RWLOCK = Path(".dvc/tmp/rwlock")
 
 
 @dataclass
 class Ahead:
-    """A training, and those that the surrounding `dvc repro` will run after it, whose data is there already.
+    """A work, and those that the surrounding `dvc repro` will run after it, whose data is there already.
 
     Queueing them is best effort: what a limit refuses is tried again at each `tend`.
     """
@@ -53,22 +56,35 @@ class Ahead:
     """Tokens of jobs that were seen to be over."""
     left: set[str] = field(default_factory=set)
     """Labels of those that are not queued yet."""
+    tended: float = field(default_factory=time.monotonic)
+
+    @property
+    def has_queue(self) -> bool:
+        return scheduler_of(self.profile.kind).has_queue
 
     def queue(self) -> None:
-        """Submit the training with the others, as far as the scheduler and the profile allow."""
-        self._queue([self.work, *self.others], 1)
+        """Submit the work with the others, as far as the scheduler and the profile allow."""
+        self._queue([self.work, *self.others], 0 if Run.of(self.work).is_done else 1)
 
     def _queue(self, works: list[Work], more: int) -> None:
         """`more`: how many may be queued beyond the profile's `queue_ahead`."""
-        most = None if self.profile.queue_ahead is None else self.profile.queue_ahead + more
+        most = None if self.profile.ahead is None else self.profile.ahead + more
         reasons = queue(works, self.profile, self.since, most)
         reasons.pop(_label(self.work), None)  # its own stage waits, or fails
-        for label, reason in reasons.items():
-            self._say(label, f"not queued ahead: {reason}")
+        if self.has_queue:
+            for label, reason in reasons.items():
+                self._say(label, f"not queued ahead: {reason}")
         self.left = set(reasons)
 
+    def is_due(self) -> bool:
+        """Whether the others have to be looked after, now and then true while one waits for the work."""
+        if not self.others or time.monotonic() - self.tended < TEND_S[self.has_queue]:
+            return False
+        self.tended = time.monotonic()
+        return True
+
     def tend(self) -> None:
-        """Look after the others while the training runs: resubmit what ended without a result, queue what was not."""
+        """Look after the others while the work runs: resubmit what ended without a result, queue what was not."""
         alive = 0
         for other in self.others:
             try:
@@ -105,11 +121,11 @@ def _label(work: Work) -> str:
 
 
 def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> Ahead:
-    """Submit a training together with those to come. On this machine jobs run one by one, and there are none."""
-    if not scheduler_of(profile.kind).has_queue:
+    """Submit a training or an evaluation together with those to come."""
+    if profile.ahead == 0:
         return Ahead(work, [], profile, time.time())
     dvc = _surrounding_dvc()
-    others = _trainings(params, dvc.options, os.environ.get("DVC_STAGE")) if dvc is not None else []
+    others = _works(params, dvc.options, os.environ.get("DVC_STAGE")) if dvc is not None else []
     ahead = Ahead(work, others, profile, dvc.started if dvc is not None else time.time())
     ahead.queue()
     return ahead
@@ -129,7 +145,7 @@ def queue_stale(params: Params, profile: Profile, targets: Sequence[str]) -> tup
     options = _parsed(["repro", *targets])
     if options is None:
         raise UserError(f"{' '.join(targets)}: not what `dvc repro` takes")
-    works = _trainings(params, options, None)
+    works = [work for work in _works(params, options, None) if work.batch is not None]
     left = queue(works, profile, since=time.time())
     return [work for work in works if Run.of(work).label not in left], left
 
@@ -156,21 +172,25 @@ def _surrounding_dvc() -> _Dvc | None:
     return None
 
 
-def _trainings(params: Params, options: Namespace, running: str | None) -> list[Work]:
-    """The trainings that a `dvc repro` with these options runs, or has still to run after the stage `running`."""
+def _works(params: Params, options: Namespace, running: str | None) -> list[Work]:
+    """What a `dvc repro` with these options runs, or has still to run after the stage `running`.
+
+    Trainings, and the evaluations whose weights are in their place.
+    """
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     # Released weights are put in a training's place by the stage itself, not by a job.
-    stages = tuple(task.training_stage for task in TASKS.values() if not task.takes_released(params))
+    trainings = tuple(task.training_stage for task in TASKS.values() if not task.takes_released(params))
+    evaluations = tuple(task.evaluation_stage for task in TASKS.values())
     try:
         with Repo() as repo, repo.lock:  # free while a command of a stage runs
-            names = _stale_trainings(repo, options, stages, running)
+            names = _stale(repo, options, trainings, evaluations, running)
     except DvcException as error:
         if running is None:
             raise UserError(str(error)) from None
-        log.info("queued this training alone: %s", error)
+        log.info("queued this one alone: %s", error)
         return []
     works = [of_stage(params, stage, variant, int(seed)) for stage, variant, seed in names]
     return [work for work in works if work is not None]
@@ -186,7 +206,9 @@ def _parsed(words: list[str]) -> Namespace | None:
     return options if hasattr(options, "single_item") and options.cd == os.path.curdir else None
 
 
-def _stale_trainings(repo: Any, options: Namespace, trainings: tuple[str, ...], running: str | None) -> list[list[str]]:
+def _stale(
+    repo: Any, options: Namespace, trainings: tuple[str, ...], evaluations: tuple[str, ...], running: str | None
+) -> list[list[str]]:
     """Stage, variant and seed of each, in DVC's order, behind the one that runs now."""
     import networkx
 
@@ -203,6 +225,10 @@ def _stale_trainings(repo: Any, options: Namespace, trainings: tuple[str, ...], 
             if not all(address.startswith(trainings) for address in before):
                 continue  # its data is still to be made: its own stage will queue it
             if before or options.force or _is_stale(repo, stage, run_cache=not options.no_run_cache):
+                found.append(stage.cmd.split()[-3:])
+                runs.add(stage.addressing)
+        elif stage.addressing.startswith(evaluations) and not before:
+            if options.force or _is_stale(repo, stage, run_cache=not options.no_run_cache):
                 found.append(stage.cmd.split()[-3:])
                 runs.add(stage.addressing)
         elif any(other.addressing.startswith(trainings) for other in networkx.ancestors(graph, stage)) and (

@@ -5,7 +5,9 @@ Writes  results/evaluate_<task>/{variant}-{seed}.json, and the task's further ou
 """
 
 from pipeline import paths
+from pipeline.cluster import load_profile
 from pipeline.config import Params
+from pipeline.launch.ahead import queue_with_those_to_come
 from pipeline.launch.works import evaluation
 from pipeline.tasks.description import Task
 from pipeline.tracking.follow import run_evaluation
@@ -17,4 +19,5 @@ def run(params: Params, task: Task, variant: str, seed: int) -> None:
         "metrics.json": paths.metrics(task.evaluation_stage, work.name),
         **task.placed(task.evaluation_outputs, work.name),
     }
-    run_evaluation(params, task, work, outputs)
+    ahead = queue_with_those_to_come(work, params, load_profile(paths.cluster_profile()))
+    run_evaluation(params, task, work, ahead, outputs)

@@ -23,14 +23,14 @@ from pipeline.tracking.sync import catch_up, mirror_of, status
 from pipeline.train import history
 
 SHOW_EVERY_S = 5.0
-LOOK_AT_OTHERS_EVERY_S = 60.0
+MIRROR_OTHERS_EVERY_S = 60.0
 log = logging.getLogger(__name__)
 
 
 def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[str, Path]) -> None:
     """Run a training job, showing its progress; mirror it, and the trainings queued with it, into MLflow.
 
-    Those are looked after meanwhile: one that ends without a result is resubmitted within LOOK_AT_OTHERS_EVERY_S.
+    Those are looked after meanwhile: one that ends without a result is resubmitted within a minute.
     """
     open_comparison(comparison_of(task.name), params.scale, params.model_dump(mode="json"))
     folder = paths.run(work.stage, work.name)
@@ -42,6 +42,8 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
 
     def watch(_: Path) -> None:
         now = time.monotonic()
+        if ahead.is_due():
+            ahead.tend()
         if now - shown["at"] < SHOW_EVERY_S:
             return
         _describe(params, task, work)
@@ -54,10 +56,10 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
                 log.warning("%s has left its reference: %s", work.name, left)
                 said.add(left)
         mirror.update("RUNNING", in_a_hurry=True)
-        if ahead.others and now - shown["others_at"] > LOOK_AT_OTHERS_EVERY_S:
-            ahead.tend()
+        if ahead.others and now - shown["others_at"] > MIRROR_OTHERS_EVERY_S:
             for other in ahead.others:
-                _describe(params, STAGES[other.stage][1], other)
+                if other.batch is not None:  # a training
+                    _describe(params, STAGES[other.stage][1], other)
             catch_up(server, running=True)
             shown["others_at"] = time.monotonic()
         shown["at"] = time.monotonic()
@@ -70,13 +72,15 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
         catch_up(server)
 
 
-def run_evaluation(params: Params, task: Task, work: Work, outputs: dict[str, Path]) -> None:
+def run_evaluation(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[str, Path]) -> None:
     """Run an evaluation job, and log what it measured where the training of the same name was logged."""
 
-    def import_meanwhile(_: Path) -> None:
+    def watch(_: Path) -> None:
         import_module("mlflow")  # takes seconds, which cost nothing while the job runs
+        if ahead.is_due():
+            ahead.tend()
 
-    run_job(work, outputs, import_meanwhile)
+    run_job(work, outputs, watch)
     server = Server()
     variant, _, seed = work.name.rpartition("-")
     training = training_folder(params, task, variant, int(seed))
