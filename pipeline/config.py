@@ -93,7 +93,7 @@ class ClassificationRecipe(Strict):
     order: Literal["random", "quasi_random"] = Field(
         default="random", description="of an epoch; quasi_random reads region by region, for a .beton above the memory"
     )
-    precision: Precision = Field(description="see `Precision`; 'auto' is bf16 where the device computes it, else fp32")
+    precision: Precision = Field(description="see `Precision`; 'auto' is bf16 where that is faster, else fp32")
 
     @property
     def learning_rate(self) -> float:
@@ -138,7 +138,7 @@ class SegmentationRecipe(Strict):
     max_category_ratio: float = Field(gt=0, le=1, description="crops where one class fills more are redrawn")
     horizontal_flip: float = Field(ge=0, le=1)
     photometric_distortion: bool
-    precision: Precision = Field(description="see `Precision`; 'auto' is bf16 where the device computes it, else fp32")
+    precision: Precision = Field(description="see `Precision`; 'auto' is bf16 where that is faster, else fp32")
 
     def total_steps(self, images: int) -> int:
         """Optimiser steps of the whole training, whatever the number of images."""

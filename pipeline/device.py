@@ -92,16 +92,19 @@ def keep_freed_memory() -> None:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware (CPU: AVX512-BF16 or AMX; GPU: Ampere on)."""
+    """Whether bfloat16 is faster than float32 on the device (CPU: with AMX; GPU: Ampere on).
+
+    AVX512-BF16 is not enough: there a training step of S12 takes 1.4 times as long as in float32 (docs/speed.md).
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The autocast context for a recipe's `precision`; whether float32 products use TF32 is set for what follows, too.
 
-    `bf16` is bfloat16 autocast; `auto` is that where the device has it in hardware, else `fp32`. With `tf32` a GPU uses
+    `bf16` is bfloat16 autocast; `auto` is that where it is the faster one, else `fp32`. With `tf32` a GPU uses
     TF32 for products and convolutions of float32, as PyTorch 1.8 did by default; with `fp32` it does not.
     """
     if device.type == "cuda":

@@ -17,8 +17,8 @@ from pipeline import cluster, paths, plan
 from pipeline.catalogue import DATA_SETS, TASKS
 from pipeline.config import Params, load_params
 from pipeline.errors import UserError
-from pipeline.launch.ahead import RWLOCK
 from pipeline.launch.check import try_job
+from pipeline.launch.dvc_graph import RWLOCK
 from pipeline.launch.scheduler import Finding, scheduler_of
 from pipeline.tasks.classification.description import IMAGENET, TEST_SETS, classes_of
 from pipeline.tasks.description import load
@@ -133,9 +133,7 @@ def _processor() -> Iterator[Finding]:
 
     cores = cluster.cores_here()
     cpu = torch.device("cpu")
-    yield Finding(
-        "ok", "CPU", f"{cores} cores, bf16 {'in hardware' if ranks.has_fast_bf16(cpu) else 'not in hardware'}"
-    )
+    yield Finding("ok", "CPU", f"{cores} cores, bf16 {'faster' if ranks.has_fast_bf16(cpu) else 'no faster'} than fp32")
     if not torch.cuda.is_available():
         driver = (
             "a driver is there, but torch cannot use it: see `nvidia-smi`" if shutil.which("nvidia-smi") else "none"

@@ -14,8 +14,8 @@ from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import drive, record
-from pipeline.launch.ahead import RWLOCK
 from pipeline.launch.drive import STALE_S, Driver, remove_locks
+from pipeline.launch.dvc_graph import RWLOCK
 from pipeline.launch.record import Job
 from pipeline.launch.slurm_status import UnreachableError
 

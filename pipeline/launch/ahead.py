@@ -1,24 +1,15 @@
 """On Slurm all trainings are queued at once: by `python -m pipeline submit`, or by the first that `dvc repro` runs.
 On this machine as many as the profile allows run beside what `dvc repro` waits for.
 
-DVC runs one stage after another and does not tell it which ones follow. It does record what it runs in
-`.dvc/tmp/rwlock`: the command line of the `dvc repro` that holds this stage's outputs. DVC's own parser reads its
-arguments, and DVC's graph says which stages follow. `dvc status` and `dvc repro --dry` would say so too, but not
-while a stage runs, whose outputs are locked. What is queued here is attached to when DVC comes to it. A stage that
-was started in another way queues itself alone.
+What is queued here is attached to when DVC comes to it. A stage that no `dvc repro` runs queues itself alone.
 """
 
-import json
 import logging
 import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import psutil
 
 from pipeline import paths
 from pipeline.catalogue import TASKS
@@ -26,6 +17,7 @@ from pipeline.cluster import Profile
 from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.launch import record
+from pipeline.launch.dvc_graph import parsed, stale, surrounding_dvc
 from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import retry_or_raise
 from pipeline.launch.queueing import queue
@@ -36,7 +28,6 @@ from pipeline.launch.works import of_stage
 log = logging.getLogger(__name__)
 TEND_S = {True: 60.0, False: 5.0}
 """How often the others are looked after; more often where a job that has ended leaves a core without work."""
-RWLOCK = Path(".dvc/tmp/rwlock")
 
 
 @dataclass
@@ -124,7 +115,7 @@ def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> Ah
     """Submit a training or an evaluation together with those to come."""
     if profile.ahead == 0:
         return Ahead(work, [], profile, time.time())
-    dvc = _surrounding_dvc()
+    dvc = surrounding_dvc()
     others = _works(params, dvc.options, os.environ.get("DVC_STAGE")) if dvc is not None else []
     ahead = Ahead(work, others, profile, dvc.started if dvc is not None else time.time())
     ahead.queue()
@@ -142,34 +133,12 @@ def queue_stale(params: Params, profile: Profile, targets: Sequence[str]) -> tup
     """
     if not scheduler_of(profile.kind).has_queue:
         raise UserError(f"{paths.cluster_profile()} has no queue: PIPELINE_CLUSTER must name a profile of kind slurm")
-    options = _parsed(["repro", *targets])
+    options = parsed(["repro", *targets])
     if options is None:
         raise UserError(f"{' '.join(targets)}: not what `dvc repro` takes")
     works = [work for work in _works(params, options, None) if work.batch is not None]
     left = queue(works, profile, since=time.time())
     return [work for work in works if Run.of(work).label not in left], left
-
-
-@dataclass(frozen=True)
-class _Dvc:
-    """A `dvc repro` or `dvc exp run`: its arguments, and its start as Unix time, s."""
-
-    options: Namespace
-    started: float
-
-
-def _surrounding_dvc() -> _Dvc | None:
-    """The one that this process belongs to."""
-    try:
-        locked = json.loads(RWLOCK.read_text())["write"].values()
-    except (FileNotFoundError, KeyError, json.JSONDecodeError):
-        return None
-    commands = {entry["pid"]: entry["cmd"] for entry in locked}
-    for process in psutil.Process().parents():
-        if process.pid in commands:
-            options = _parsed(commands[process.pid].split()[1:])
-            return None if options is None else _Dvc(options, process.create_time())
-    return None
 
 
 def _works(params: Params, options: Namespace, running: str | None) -> list[Work]:
@@ -186,7 +155,7 @@ def _works(params: Params, options: Namespace, running: str | None) -> list[Work
     evaluations = tuple(task.evaluation_stage for task in TASKS.values())
     try:
         with Repo() as repo, repo.lock:  # free while a command of a stage runs
-            names = _stale(repo, options, trainings, evaluations, running)
+            names = stale(repo, options, trainings, evaluations, running)
     except DvcException as error:
         if running is None:
             raise UserError(str(error)) from None
@@ -194,74 +163,3 @@ def _works(params: Params, options: Namespace, running: str | None) -> list[Work
         return []
     works = [of_stage(params, stage, variant, int(seed)) for stage, variant, seed in names]
     return [work for work in works if work is not None]
-
-
-def _parsed(words: list[str]) -> Namespace | None:
-    from dvc.cli.parser import get_main_parser
-
-    try:
-        options: Namespace = get_main_parser().parse_args(words)
-    except SystemExit:  # not a command line of this DVC
-        return None
-    return options if hasattr(options, "single_item") and options.cd == os.path.curdir else None
-
-
-def _stale(
-    repo: Any, options: Namespace, trainings: tuple[str, ...], evaluations: tuple[str, ...], running: str | None
-) -> list[list[str]]:
-    """Stage, variant and seed of each, in DVC's order, behind the one that runs now."""
-    import networkx
-
-    graph, steps = _plan(repo, options)
-    runs, found = set[str](), []
-    if running is not None:
-        addresses = [stage.addressing for stage in steps]
-        if running not in addresses:
-            return []
-        runs, steps = {running}, steps[addresses.index(running) + 1 :]
-    for stage in steps:
-        before = {other.addressing for other in graph.successors(stage)} & runs  # its dependencies
-        if stage.addressing.startswith(trainings):
-            if not all(address.startswith(trainings) for address in before):
-                continue  # its data is still to be made: its own stage will queue it
-            if before or options.force or _is_stale(repo, stage, run_cache=not options.no_run_cache):
-                found.append(stage.cmd.split()[-3:])
-                runs.add(stage.addressing)
-        elif stage.addressing.startswith(evaluations) and not before:
-            if options.force or _is_stale(repo, stage, run_cache=not options.no_run_cache):
-                found.append(stage.cmd.split()[-3:])
-                runs.add(stage.addressing)
-        elif any(other.addressing.startswith(trainings) for other in networkx.ancestors(graph, stage)) and (
-            before or options.force or stage.changed()
-        ):
-            runs.add(stage.addressing)
-    return found
-
-
-def _plan(repo: Any, options: Namespace) -> tuple[Any, list[Any]]:
-    """DVC's graph, and its stages in the order in which `dvc repro` with these options comes to them."""
-    from dvc.dvcfile import PROJECT_FILE
-    from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
-
-    graph = get_active_graph(repo.index.graph)
-    chosen: list[Any] = []
-    if not options.all_pipelines:
-        targets = options.targets or [PROJECT_FILE]
-        chosen = collect_stages(repo, targets, recursive=options.recursive, glob=options.glob)
-    if options.single_item and not (options.pipeline or options.all_pipelines):
-        return graph, chosen
-    return graph, plan_repro(graph, chosen, pipeline=options.pipeline, downstream=options.downstream)
-
-
-def _is_stale(repo: Any, stage: Any, *, run_cache: bool) -> bool:
-    """Whether DVC will run a stage: it changed, and DVC's cache does not have its outputs from an earlier run."""
-    from dvc.stage.cache import RunCacheNotFoundError
-
-    if not stage.changed():
-        return False
-    try:
-        stage.save_deps()
-        repo.stage_cache.restore(stage, run_cache=run_cache, dry=True)
-    except RunCacheNotFoundError:
-        return True
-    return False

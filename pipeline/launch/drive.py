@@ -27,7 +27,7 @@ from pipeline import paths
 from pipeline.cluster import Profile, load_profile
 from pipeline.errors import UserError
 from pipeline.launch import record
-from pipeline.launch.ahead import RWLOCK
+from pipeline.launch.dvc_graph import RWLOCK
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import scheduler_of
 from pipeline.launch.slurm_status import FINAL, UNSETTLED, UnreachableError, ask, squeue

@@ -12,6 +12,7 @@ from pipeline.config import Params
 from pipeline.launch.ahead import Ahead
 from pipeline.launch.fingerprint import Work, fingerprint
 from pipeline.launch.jobs import run_job
+from pipeline.launch.overall import Overall
 from pipeline.launch.works import STAGES, training_folder
 from pipeline.paper import label
 from pipeline.tasks.description import Task
@@ -36,6 +37,7 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
     folder = paths.run(work.stage, work.name)
     server = Server()
     mirror = mirror_of(server, folder)
+    overall = Overall(params)
     variant = work.name.rpartition("-")[0]
     shown = {"at": 0.0, "step": -1, "others_at": time.monotonic()}
     said = set[str]()
@@ -55,6 +57,7 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
             if left and left not in said:
                 log.warning("%s has left its reference: %s", work.name, left)
                 said.add(left)
+        overall.show()
         mirror.update("RUNNING", in_a_hurry=True)
         if ahead.others and now - shown["others_at"] > MIRROR_OTHERS_EVERY_S:
             for other in ahead.others:
@@ -75,7 +78,10 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
 def run_evaluation(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[str, Path]) -> None:
     """Run an evaluation job, and log what it measured where the training of the same name was logged."""
 
+    overall = Overall(params)
+
     def watch(_: Path) -> None:
+        overall.show()
         import_module("mlflow")  # takes seconds, which cost nothing while the job runs
         if ahead.is_due():
             ahead.tend()
