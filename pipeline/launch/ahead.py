@@ -29,6 +29,7 @@ from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import retry_or_raise
 from pipeline.launch.queueing import queue
 from pipeline.launch.scheduler import scheduler_of
+from pipeline.launch.starts import write_starts
 from pipeline.launch.submission import Run, attach, state, submit
 from pipeline.launch.works import of_stage
 
@@ -129,6 +130,7 @@ def queue_stale(params: Params, profile: Profile, targets: Sequence[str]) -> tup
     options = _parsed(["repro", *targets])
     if options is None:
         raise UserError(f"{' '.join(targets)}: not what `dvc repro` takes")
+    write_starts(params)  # a stage's work of moments, which trainings depend on
     works = _trainings(params, options, None)
     left = queue(works, profile, since=time.time())
     return [work for work in works if Run.of(work).label not in left], left

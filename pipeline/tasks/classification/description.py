@@ -54,6 +54,8 @@ IMAGENET = DataSet(
     prepare="pipeline.tasks.classification.images:prepare",
     convert="pipeline.tasks.classification.images:convert",
     convert_code=("pipeline.data.convert:convert_image_folder", "pipeline.data.folders:class_names"),
+    count="pipeline.tasks.classification.survey:count",
+    survey="pipeline.tasks.classification.survey:survey",
     beton_share=_beton_share,
 )
 CLASSIFIER = Task(
@@ -76,6 +78,7 @@ CLASSIFIER = Task(
     forward_gmacs=forward_gmacs,
     evaluation_gmacs=_evaluation_gmacs,
     parameters=lambda params, variant: parameters(find_variant(variant), params.imagenet.num_classes),
+    fine_tune="pipeline.tasks.classification.fine_tuning:train",
     takes_released=lambda params: params.classification.weights == "released",
     watching=validation,
     has_test_sets=True,
