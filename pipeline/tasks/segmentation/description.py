@@ -57,6 +57,7 @@ ADE20K = DataSet(
     prepare="pipeline.tasks.segmentation.images:prepare",
     convert="pipeline.tasks.segmentation.images:convert",
     convert_code=("pipeline.data.convert:convert_segmentation_folder",),
+    survey="pipeline.tasks.segmentation.survey:survey",
 )
 SEGMENTER = Task(
     name="segmenter",
