@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from pipeline import paths
@@ -90,10 +91,8 @@ def _evaluate_released_test_set(options: Options) -> int:
     return 0
 
 
-def _compare_with_paper(_: Options) -> int:
-    from pipeline.stages import compare_with_paper
-
-    compare_with_paper.run(load_params(paths.PARAMS))
+def _of_all(_: Options, stage: str) -> int:
+    import_module(f"pipeline.stages.{stage}").run(load_params(paths.PARAMS))
     return 0
 
 
@@ -101,13 +100,14 @@ STAGES: dict[str, tuple[Callable[[Options], int], tuple[str, ...]]] = {
     "code": (_code, ()),
     **{f"prepare_{name}": (partial(_prepare, data=name), ()) for name in DATA_SETS},
     **{f"convert_{name}": (partial(_convert, data=name), ()) for name in DATA_SETS},
+    "prepare_weights": (partial(_of_all, stage="prepare_weights"), ()),
     **{task.training_stage: (partial(_train, task=name), ("variant", "seed")) for name, task in TASKS.items()},
     **{task.evaluation_stage: (partial(_evaluate, task=name), ("variant", "seed")) for name, task in TASKS.items()},
     **{stage: (partial(_evaluate_released, stage=stage), ("variant",)) for stage in RELEASED_STAGES},
     "convert_test_set": (_convert_test_set, ("name",)),
     "evaluate_test_set": (_evaluate_test_set, ("name", "variant", "seed")),
     "evaluate_released_test_set": (_evaluate_released_test_set, ("name", "variant")),
-    "compare_with_paper": (_compare_with_paper, ()),
+    "compare_with_paper": (partial(_of_all, stage="compare_with_paper"), ()),
 }
 """What each stage of dvc.yaml runs, and its arguments."""
 

@@ -5,20 +5,22 @@ can change a result stands in `params.yaml`, where DVC sees it. Where a run exec
 workers) is no business of this file: see `pipeline.cluster`.
 """
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.ablations import find_ablation
 from pipeline.errors import UserError, unknown
+from pipeline.strict import M, Strict, validate
 from pipeline.variants import VARIANTS, find_variant
 
 VARIANT_NAMES = tuple(VARIANTS)
 Precision = Literal["auto", "bf16", "tf32", "fp32"]
 """`pipeline.device.autocast` says what each is."""
+TRAINED = "models/classifier"
+"""Where the graph's own classifiers lie."""
 
 
 def check_variant(variant: str) -> str:
@@ -35,12 +37,6 @@ def check_ablation(name: str) -> str:
 
 Variant = Annotated[str, AfterValidator(check_variant)]
 Ablation = Annotated[str, AfterValidator(check_ablation)]
-
-
-class Strict(BaseModel):
-    """No unknown keys, no silent conversions (`5e-5` is a string in YAML), no mutation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ImageNetData(Strict):
@@ -155,15 +151,33 @@ class Classification(Strict):
     weights: Literal["trained", "released"] = Field(
         description="'released' puts the authors' weights in the place of a training, for the segmenters to start from"
     )
+    start: str | None = Field(
+        description="weights that trainings start from: 'released' (the authors' file of the variant), the name of "
+        "another file in released.folder, or null: none. The head is new where the number of classes differs"
+    )
     recipe: dict[str, Any] = Field(description="fields of ClassificationRecipe shared by all variants")
     variants: dict[Variant, dict[str, Any]] = Field(description="fields that differ for one variant")
 
     def recipe_for(self, variant: str) -> ClassificationRecipe:
         return _merged(ClassificationRecipe, "classification", self.recipe, self.variants, variant)
 
+    @model_validator(mode="after")
+    def _start_is_a_name(self) -> "Classification":
+        if self.start is not None and self.weights == "released":
+            raise ValueError("classification.start is for trainings, and classification.weights is released: drop one")
+        if self.start is not None and Path(self.start).name != self.start:
+            raise ValueError(
+                f"classification.start is {self.start!r}: put the file into released.folder, and give its name alone"
+            )
+        return self
+
 
 class Segmentation(Strict):
     train: list[Variant] = Field(description="variants to train")
+    backbones: str = Field(
+        description=f"folder with the classifiers that trainings start from, as poolformer_s12-0.pt: {TRAINED} are the "
+        "trained ones of this graph"
+    )
     recipe: dict[str, Any] = Field(description="fields of SegmentationRecipe shared by all variants")
     variants: dict[Variant, dict[str, Any]] = Field(description="fields that differ for one variant")
 
@@ -237,9 +251,12 @@ class Params(Strict):
     def _splits_are_enough(self) -> "Params":
         classifiers = self.classification.train if self.classification.weights == "trained" else []
         trained = bool(classifiers or self.ablations.train or self.longer_training.train)
+        released = bool(self.released.variants)
+        measured = bool(trained or self.classification.train or released or self.released.ablations)
+        segmented = bool(self.segmentation.train)
         for name, splits, needed in (
-            ("imagenet", self.imagenet.splits, {"train": trained, "val": True}),
-            ("ade20k", self.ade20k.splits, {"training": bool(self.segmentation.train), "validation": True}),
+            ("imagenet", self.imagenet.splits, {"train": trained, "val": measured}),
+            ("ade20k", self.ade20k.splits, {"training": segmented, "validation": segmented or released}),
         ):
             for split, is_needed in needed.items():
                 if is_needed and split not in splits:
@@ -266,48 +283,15 @@ class Params(Strict):
             self.classification.recipe_for(variant)
         for variant in self.segmentation.train:
             self.segmentation.recipe_for(variant)
-            if variant not in self.classification.train:
+            if self.segmentation.backbones == TRAINED and variant not in self.classification.train:
                 raise ValueError(
                     f"segmentation.train has {variant}, whose backbone classification.train has not: add it"
                 )
         return self
 
 
-M = TypeVar("M", bound=Strict)
-
-
 def _merged(model: type[M], section: str, shared: dict[str, Any], own: dict[Any, dict[str, Any]], variant: str) -> M:
     return validate(model, {**shared, **own.get(variant, {})}, f"{section}.recipe + {section}.variants.{variant}")
-
-
-def validate(model: type[M], data: Any, where: str) -> M:
-    """Check `data` (as YAML gives it) against `model`.
-
-    Raises:
-        UserError: one line for the first few faults, with the place, the fault and, for unknown keys, the valid ones.
-    """
-    try:
-        return model.model_validate_json(json.dumps(data, default=str), strict=True)
-    except ValidationError as error:
-        faults = [_sentence(model, fault) for fault in error.errors()]
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise UserError(f"{where}: {'; '.join(faults[:3])}{more}") from None
-
-
-def _sentence(model: type[Strict], fault: Any) -> str:
-    location = [part for part in fault["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in location)
-    if fault["type"] == "extra_forbidden":
-        owner: Any = model
-        for part in location[:-1]:
-            owner = owner.model_fields[str(part)].annotation
-        return unknown(f"key {key!r}", str(location[-1]), owner.model_fields)
-    if fault["type"] == "missing":
-        return f"{key!r} is missing"
-    if fault["type"] in ("float_type", "float_parsing") and isinstance(fault["input"], str):
-        return f"{key!r} is the text {fault['input']!r}, not a number: YAML wants 5.0e-5, not 5e-5"
-    message = fault["msg"].removeprefix("Value error, ")
-    return message if not key else f"{key!r} is {fault['input']!r}: {message}"
 
 
 def load_params(path: Path) -> Params:

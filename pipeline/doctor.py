@@ -16,10 +16,12 @@ from rich.table import Table
 from pipeline import cluster, paths, plan
 from pipeline.catalogue import DATA_SETS, TASKS
 from pipeline.config import Params, load_params
+from pipeline.data.survey import is_listing_of, read_listing
 from pipeline.errors import UserError
 from pipeline.launch.check import try_job
 from pipeline.launch.dvc_graph import RWLOCK
 from pipeline.launch.scheduler import Finding, scheduler_of
+from pipeline.stages.prepare import survey
 from pipeline.tasks.classification.description import IMAGENET, TEST_SETS, classes_of
 from pipeline.tasks.description import load
 
@@ -163,10 +165,12 @@ def _parameters() -> Iterator[Finding]:
     yield Finding("ok", "params.yaml", f"scale {params.scale}, seeds {params.seeds}")
     yield from _disk(params)
     yield from _data(params)
+    yield from _survey(params)
     yield from _test_sets(params)
     yield from _split(params)
     yield from _loading(params)
     yield from _released(params)
+    yield from _start(params)
 
 
 def _disk(params: Params) -> Iterator[Finding]:
@@ -179,6 +183,9 @@ def _disk(params: Params) -> Iterator[Finding]:
 def _data(params: Params) -> Iterator[Finding]:
     for data in DATA_SETS.values():
         section = data.section(params)
+        if not section.splits:
+            yield Finding("note", data.title, f"not used: {data.name}.splits is empty")
+            continue
         if data.is_made_here(params):
             yield Finding("ok", data.title, f"handwritten digits, written to {section.root} by the prepare stage")
             continue
@@ -191,6 +198,25 @@ def _data(params: Params) -> Iterator[Finding]:
                 yield Finding("fault", data.title, str(error))
             else:
                 yield Finding("note", data.title, f"{error}; `dvc repro compare_with_paper` does without it")
+
+
+def _survey(params: Params) -> Iterator[Finding]:
+    """What the prepare stages say of the images."""
+    for data in DATA_SETS.values():
+        section, listing = data.section(params), read_listing(data.name, data.training)
+        if section.source != "folder" or data.training not in section.splits:
+            continue
+        try:
+            if data.count:
+                load(data.count)(params)
+            if is_listing_of(Path(section.root), data.training, listing):
+                for sentence in survey(params, data):
+                    yield Finding("note", data.title, sentence)
+            elif Path(section.root).is_dir():
+                text = f"not listed yet: `dvc repro prepare_{data.name}` lists them, and says what is odd about them"
+                yield Finding("note", data.title, text)
+        except UserError as error:
+            yield Finding("fault", data.title, str(error))
 
 
 def _test_sets(params: Params) -> Iterator[Finding]:
@@ -258,6 +284,19 @@ def _released(params: Params) -> Iterator[Finding]:
             there = variant in found
             text = "there" if there else f"not in {folder}: its row will say missing (see released/README.md)"
             yield Finding("ok" if there else "note", names.get(variant, variant), text)
+
+
+def _start(params: Params) -> Iterator[Finding]:
+    """The files that trainings start from."""
+    for task in TASKS.values():
+        for variant in task.variants(params):
+            files = [] if (file := task.start(params, variant)) is None else [file]
+            if task.starts_from is not None and task.upstream(params) is None:
+                files = [task.backbone(params, variant, seed) for seed in params.seeds]
+            for file in files:
+                there = file.is_file()
+                text = f"{task.training_stage} {variant} starts from {file}"
+                yield Finding("ok" if there else "fault", "weights", text + ("" if there else ", which is missing"))
 
 
 def _betons() -> Iterator[Finding]:

@@ -15,6 +15,7 @@ RUNS = Path("runs")
 BETON = Path("data/beton")
 LISTINGS = Path("data/listings")
 MODELS = Path("models")
+START = Path("data/start")
 DEFAULT_CLUSTER = Path("slurm/local.yaml")
 
 
@@ -41,6 +42,11 @@ def manifest(beton_path: str | Path) -> Path:
 def model(kind: str, variant: str, seed: int) -> Path:
     """The final weights of one training (`kind` is classifier or segmenter)."""
     return MODELS / kind / f"{variant}-{seed}.pt"
+
+
+def start(kind: str, variant: str) -> Path:
+    """Which file the trainings of a variant start from, and its SHA-256, as JSON."""
+    return START / kind / f"{variant}.json"
 
 
 def curve(stage: str, variant: str, seed: int) -> Path:

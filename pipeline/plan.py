@@ -63,7 +63,7 @@ def show(console: Console, price_per_gpu_hour: float | None) -> None:
     """Print the plan for params.yaml and the cluster profile of PIPELINE_CLUSTER.
 
     Raises:
-        UserError: the demo's images, which only their stages can count, are not written yet.
+        UserError: the images are not the paper's, and not listed yet.
     """
     params, profile = load_params(paths.PARAMS), cluster.load_profile(paths.cluster_profile())
     unit, ranks = "GPU" if profile.gpus else "rank", profile.world_size
@@ -142,7 +142,7 @@ def disk_bytes_to_come(params: Params) -> float:
     there = sum(file.stat().st_size for file in paths.BETON.rglob("*.beton"))
     try:
         return max(0.0, sum(row.disk_bytes for row in forecast(params)) - there)
-    except UserError:  # the demo's images, not written yet, are small
+    except UserError:  # the demo's and a person's own images, not listed yet, are few
         return 0.0
 
 
@@ -240,9 +240,9 @@ def _images(params: Params, data: DataSet, split: str) -> int:
     images, _ = _listed(paths.listing(data.name, split).absolute())
     if images:
         return images
-    if data.is_made_here(params):
+    if data.is_made_here(params) or not params.comparable:
         stages = " ".join(f"prepare_{name}" for name in DATA_SETS)
-        raise UserError(f"the demo's images are not written yet: run `dvc repro {stages}` first")
+        raise UserError(f"the images are not listed yet: run `dvc repro {stages}` first")
     return data.splits[split].images
 
 

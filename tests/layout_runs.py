@@ -22,6 +22,7 @@ from pipeline.cluster import split
 from pipeline.config import ClassificationRecipe, SegmentationRecipe
 from pipeline.data import convert_image_folder, convert_segmentation_folder
 from pipeline.models import create_classifier
+from pipeline.tasks.classification.fine_tuning import FineTuning
 from pipeline.tasks.classification.training import ClassificationTask
 from pipeline.tasks.segmentation.training import SegmentationTask
 from pipeline.train import checkpoint
@@ -94,6 +95,8 @@ class Training:
     max_images_per_device: int = 1000
     activation_checkpointing: bool = False
     stop_after: int | None = None
+    start: Path | None = None
+    """The file that a classifier starts from."""
 
 
 def make_data(folder: Path) -> Path:
@@ -137,9 +140,8 @@ def make_task(training: Training, world: ranks.World) -> Task:
     """The task as its stage makes it."""
     recipe = training.recipe
     if isinstance(recipe, ClassificationRecipe):
-        return ClassificationTask(
-            "poolformer_s12", recipe, CLASSES, training.data / "images.beton", seed=3, world=world
-        )
+        arguments = ("poolformer_s12", recipe, CLASSES, training.data / "images.beton", 3, world)
+        return ClassificationTask(*arguments) if training.start is None else FineTuning(training.start, *arguments)
     return SegmentationTask(
         "poolformer_s12",
         recipe,

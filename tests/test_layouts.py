@@ -116,6 +116,25 @@ def test_a_resume_on_the_same_layout_is_exact_to_the_bit(
     assert [record[0] for record in curves[0]] == [5]
 
 
+def test_what_starts_from_a_file_resumes_exactly_and_on_all_ranks(
+    data: Path, on_ranks: RunOnRanks, tmp_path: Path
+) -> None:
+    """The second attempt reads the file, too, and then its checkpoint."""
+    start = create_classifier("poolformer_s12", CLASSES + 2).state_dict()
+    torch.save(start, tmp_path / "start.pt")
+    recipe = CLASSIFICATION.model_copy(update={"max_steps": 3})
+    training = Training(data, tmp_path / "whole", recipe, "float32", start=tmp_path / "start.pt")
+    model = make_task(training, ranks.alone()).model.state_dict()
+    assert all(torch.equal(model[key], start[key]) for key in start if not key.startswith("head.fc"))
+    on_ranks(2, run_rank, training)
+    for stop_after in (1, None):
+        on_ranks(2, run_rank, replace(training, folder=tmp_path / "resumed", stop_after=stop_after))
+    whole, resumed = (newest(tmp_path / name)["model"] for name in ("whole", "resumed"))
+    assert largest_difference(whole, resumed) == 0
+    on_ranks(1, run_rank, replace(training, folder=tmp_path / "alone"))
+    assert largest_difference(whole, newest(tmp_path / "alone")["model"]) < 1e-4
+
+
 def prepared(world: ranks.World, training: Training) -> Rows:
     """What the model would get in the first two steps."""
     task = make_task(training, world)

@@ -53,7 +53,7 @@ def test_no_stage_of_the_other_tables_watches_a_parameter_of_table_5() -> None:
 
 
 def test_a_longer_training_is_the_classifiers_with_other_epochs(in_checkout: Path) -> None:
-    assert CALLS["train_longer"] == CALLS["train_classifier"]
+    assert set(CALLS["train_longer"]) < set(CALLS["train_classifier"]), "which may start from a file, too"
     manifest = paths.manifest(CLASSIFIER.data.beton("train"))
     manifest.parent.mkdir(parents=True)
     manifest.write_text("path\n" + "image\n" * 5000)

@@ -22,6 +22,7 @@ from pipeline.launch.fingerprint import Work
 from pipeline.launch.jobs import retry_or_raise
 from pipeline.launch.queueing import queue
 from pipeline.launch.scheduler import scheduler_of
+from pipeline.launch.starts import write_starts
 from pipeline.launch.submission import Run, attach, state, submit
 from pipeline.launch.works import of_stage
 
@@ -136,6 +137,7 @@ def queue_stale(params: Params, profile: Profile, targets: Sequence[str]) -> tup
     options = parsed(["repro", *targets])
     if options is None:
         raise UserError(f"{' '.join(targets)}: not what `dvc repro` takes")
+    write_starts(params)  # a stage's work of moments, which trainings depend on
     works = [work for work in _works(params, options, None) if work.batch is not None]
     left = queue(works, profile, since=time.time())
     return [work for work in works if Run.of(work).label not in left], left

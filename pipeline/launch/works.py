@@ -30,9 +30,13 @@ def training(params: Params, task: Task, variant: str, seed: int) -> Work | None
         "num_classes": task.data.section(params).num_classes,
         "beton": str(beton),
     }
-    inputs, after = [paths.manifest(beton)], None
+    call, inputs, after = task.train, [paths.manifest(beton)], None
+    if (start := task.start(params, variant)) is not None:
+        call, arguments["start"] = task.fine_tune, str(start)
+        inputs.append(start)
     if (base := task.starts_from) is not None:
-        upstream, backbone = training(params, base, variant, seed), paths.model(base.name, variant, seed)
+        upstream = training(params, base, variant, seed) if task.upstream(params) else None
+        backbone = task.backbone(params, variant, seed)
         arguments |= {"backbone": str(backbone), "backbone_classes": base.data.section(params).num_classes}
         if upstream is None:
             inputs.append(backbone)
@@ -45,7 +49,7 @@ def training(params: Params, task: Task, variant: str, seed: int) -> Work | None
     return Work(
         stage=task.training_stage,
         name=f"{variant}-{seed}",
-        call=task.train,
+        call=call,
         arguments=arguments,
         inputs=tuple(inputs),
         after=after,
@@ -131,6 +135,12 @@ def _class_folders(beton: Path) -> list[str]:
 
 
 def samples(beton: Path) -> int:
-    """How many there are in a .beton, by its manifest: one row for each below the heading."""
+    """How many there are in a .beton, by its manifest: one row for each below the heading.
+
+    Raises:
+        UserError: the manifest is missing.
+    """
+    if not paths.manifest(beton).exists():
+        raise UserError(f"{paths.manifest(beton)} is missing: run `dvc repro` to make it")
     with paths.manifest(beton).open(newline="") as file:
         return sum(1 for _ in csv.reader(file)) - 1

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.models.poolformer import PoolFormerClassifier
+from pipeline.models.poolformer import PoolFormerClassifier, create_classifier
 from pipeline.models.semantic_fpn import SemanticFPN
 from pipeline.models.strict_loading import load_strict
 from pipeline.variants import VARIANTS
@@ -86,6 +86,23 @@ def load_released(model: ModelT, path: Path | str) -> ModelT:
         raise UserError(f"{path} holds {misfit}; expected {expected_file(model)}")
     load_strict(model, state, names, source=f"{path} (expected {expected_file(model)})")
     return model
+
+
+def load_start(model: PoolFormerClassifier, path: Path | str) -> int:
+    """Load a classifier's file into a model that is to be trained on from there; returns how many classes the file has.
+
+    As `load_released`, but where the model has another number of classes, its last layer stays as it was.
+
+    Raises UserError as `load_released` does.
+    """
+    path = Path(path)
+    state = find_state_dict(read_checkpoint(path), path) if path.is_file() else {}
+    own = model.state_dict()
+    classes = next((len(state[key]) for key in ("head.bias", "head.fc.bias") if key in state), len(own["head.fc.bias"]))
+    source = load_released(create_classifier(model.variant, classes), path).state_dict()
+    is_new = len(own["head.fc.bias"]) != classes
+    model.load_state_dict(source | {key: own[key] for key in own if is_new and key.startswith("head.fc.")})
+    return classes
 
 
 def expected_file(model: PoolFormerClassifier | SemanticFPN) -> str:

@@ -146,6 +146,10 @@ def recipe_differences_of(params: Params) -> dict[str, list[str]]:
             if variant in task.variants(params):
                 recipe, papers = task.params(params).recipe_for(variant).model_dump(), task.paper_recipe or task.section
                 fields += recipe_differences(papers, variant, recipe, base=task.base, section=task.section)
+                if not task.takes_released(params) and task.start(params, variant):
+                    fields.append(f"{task.section}.start")
+                if task.starts_from is not None and task.upstream(params) is None:
+                    fields.append(f"{task.section}.backbones")
         differences[variant] = list(dict.fromkeys(fields))  # tasks may share their data
     return differences
 
@@ -174,7 +178,7 @@ def _runs(params: Params, task: Task, *, with_released: bool = False) -> list[tu
 def _training_images(params: Params, task: Task, variant: str, seed: int) -> dict[str, int]:
     """How many images the training had, and that of the weights it started from."""
     found: dict[str, int] = {}
-    for key, one in (("training_images", task), ("backbone_images", task.starts_from)):
+    for key, one in (("training_images", task), ("backbone_images", task.upstream(params))):
         if one is not None and not one.takes_released(params):
             cost = json.loads(paths.cost(one.training_stage, variant, seed).read_text())
             found |= {key: cost["training_images"]} if "training_images" in cost else {}

@@ -15,7 +15,8 @@ from pipeline.tasks.classification.description import CLASSIFIER
 CALLS = {
     **{f"prepare_{data.name}": (data.prepare,) for data in DATA_SETS.values()},
     **{f"convert_{data.name}": data.convert_code for data in DATA_SETS.values()},
-    **{task.training_stage: (task.train, JOIN) for task in TASKS.values()},
+    "prepare_weights": ("pipeline.models.released_weights:load_start",),
+    **{task.training_stage: (*filter(None, (task.train, task.fine_tune)), JOIN) for task in TASKS.values()},
     **{task.evaluation_stage: (task.evaluate, JOIN) for task in TASKS.values()},
     **{stage: (*(task.evaluate for task in tasks), JOIN) for stage, tasks in RELEASED_STAGES.items()},
     "convert_test_set": ("pipeline.tasks.classification.test_sets:convert",),

@@ -6,7 +6,7 @@ Writes  data/beton/<data set>/{split}.beton and its manifest for each of <data s
 
 from pathlib import Path
 
-from pipeline import cluster
+from pipeline import cluster, paths
 from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.launch.submission import refuse_while_read
@@ -15,6 +15,9 @@ from pipeline.tasks.description import DataSet, load
 
 def run(params: Params, data: DataSet) -> None:
     section = data.section(params)
+    (paths.BETON / data.name).mkdir(parents=True, exist_ok=True)
+    if not section.splits:
+        return
     if not Path(section.root).exists():
         raise UserError(f"{section.root} is gone since it was listed: run `dvc repro -f -s prepare_{data.name}`")
     refuse_while_read([data.beton(split) for split in section.splits])

@@ -1,6 +1,7 @@
 """Train one variant with one seed as a job, or put the authors' weights in its place.
 
-Reads   data/beton/<data set>/<training split>.beton; for a segmenter models/classifier/{variant}-{seed}.pt
+Reads   data/beton/<data set>/<training split>.beton; for a segmenter segmentation.backbones/{variant}-{seed}.pt,
+        for a classifier the file of released.folder that classification.start names
 Writes  models/<task>/{variant}-{seed}.pt, results/train_<task>/{variant}-{seed}.{csv,cost.json,...}
 """
 
@@ -8,7 +9,7 @@ from pipeline import paths
 from pipeline.cluster import load_profile
 from pipeline.config import Params
 from pipeline.launch.ahead import queue_with_those_to_come
-from pipeline.launch.works import training
+from pipeline.launch.works import samples, training
 from pipeline.tasks.description import Task
 from pipeline.tracking.follow import follow
 
@@ -27,5 +28,6 @@ def run(params: Params, task: Task, variant: str, seed: int) -> None:
 
         take_released(params, task, variant, outputs)
         return
+    task.refuse_no_steps(params, variant, samples(task.data.beton(task.data.training)))
     ahead = queue_with_those_to_come(work, params, load_profile(paths.cluster_profile()))
     follow(params, task, work, ahead, outputs)

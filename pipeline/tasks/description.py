@@ -3,6 +3,7 @@
 A description imports neither torch nor timm. Functions that do are named as "module:function".
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import paths
-from pipeline.config import Params
-from pipeline.errors import find
+from pipeline.config import TRAINED, Params
+from pipeline.errors import UserError, find
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class DataSet:
     """(its section, workers): list to .beton, for each split that the section names."""
     convert_code: tuple[str, ...]
     """What decides a .beton's content."""
+    count: str = ""
+    """(params): raises UserError where there are more or fewer classes than the parameters say."""
+    survey: str = ""
+    """(params, the recipe of each name that is trained on it): what is odd about the listed files, a sentence each.
+
+    Raises UserError where no training is possible.
+    """
     beton_share: Callable[[Any], float] = lambda data: 1.0
     """Size of a .beton over that of the images' files, given the section of params.yaml."""
 
@@ -122,7 +130,9 @@ class Task:
     released_names: Callable[[Params], list[str]] = lambda params: params.released.variants
     """Those whose released weights are evaluated."""
     starts_from: "Task | None" = None
-    """The task whose weights a training starts from, of the same variant and seed."""
+    """The task whose weights a training starts from, of the same variant and seed. Its section has `backbones`."""
+    fine_tune: str = ""
+    """As `train`, with the file `start` that its section names; empty: a training starts from random weights."""
     takes_released: Callable[[Params], bool] = lambda params: False
     """Whether the authors' weights take the place of a training."""
     watching: Callable[[Params, str], dict[str, Any]] = lambda params, variant: {}
@@ -156,6 +166,32 @@ class Task:
 
     def evaluation_params(self, params: Params) -> Any:
         return getattr(params.evaluation, self.evaluation_section or self.section)
+
+    def start(self, params: Params, variant: str) -> Path | None:
+        """The file that a training of its own kind of model starts from, or whose weights take its place."""
+        if not self.fine_tune:
+            return None
+        name = "released" if self.takes_released(params) else self.params(params).start
+        if name == "released":
+            name = f"{variant}.pth.tar"  # as released_weights has it, which imports torch
+        return None if name is None else Path(params.released.folder) / name
+
+    def refuse_no_steps(self, params: Params, variant: str, images: int) -> None:
+        """Raises UserError where a training on so many images would have no optimiser step."""
+        recipe = self.params(params).recipe_for(variant)
+        if not recipe.total_steps(images):
+            raise UserError(
+                f"{variant}: {images} training images are fewer than one global batch of {recipe.global_batch_size}: "
+                f"compose {self.section}.recipe.global_batch_size={max(1, 2 ** int(math.log2(max(1, images) / 4)))}"
+            )
+
+    def upstream(self, params: Params) -> "Task | None":
+        """`starts_from`, unless other classifiers than the graph's own stand for it."""
+        return self.starts_from if self.starts_from and self.params(params).backbones == TRAINED else None
+
+    def backbone(self, params: Params, variant: str, seed: int) -> Path:
+        """The weights of `starts_from` that a training starts from."""
+        return Path(self.params(params).backbones) / f"{variant}-{seed}.pt"
 
     def variants(self, params: Params) -> list[str]:
         """Those that are trained, or whose trained weights are measured."""

@@ -120,8 +120,12 @@ def _about(params: Params, task: Task, work: Work) -> About:
         "data": data.model_dump(mode="json"),
         "evaluation": task.evaluation_params(params).model_dump(mode="json"),
     }
-    if task.starts_from is not None:
-        config["backbone"] = task.starts_from.params(params).recipe_for(variant).model_dump(mode="json")
+    if "start" in work.arguments:
+        config["start"] = work.arguments["start"]
+    if (base := task.upstream(params)) is not None:
+        config["backbone"] = base.params(params).recipe_for(variant).model_dump(mode="json")
+    elif task.starts_from is not None:
+        config["backbone"] = work.arguments["backbone"]
     tags = {"kind": task.name, "model": label(variant), "variant": variant, "seed": seed}
     tags |= provenance(f"dvc repro {work.stage}@{work.name}")
     datasets = [dataset(f"{task.data.name} training", data.root, work.inputs[0], "training")]

@@ -55,6 +55,7 @@ ABLATION = replace(
     forward_gmacs=_forward_gmacs,
     evaluation_gmacs=lambda params, name: _forward_gmacs(name, params.evaluation.classification.image_size),
     parameters=_parameters,
+    fine_tune="",
     takes_released=lambda params: False,
     watching=_validation,
     accumulates=lambda name: find_ablation(name).norm != "batch_norm",

@@ -56,6 +56,8 @@ IMAGENET = DataSet(
     check="pipeline.data.imagenet:check",
     convert="pipeline.tasks.classification.images:convert",
     convert_code=("pipeline.data.convert:convert_images", "pipeline.data.imagenet:list_imagenet"),
+    count="pipeline.tasks.classification.survey:count",
+    survey="pipeline.tasks.classification.survey:survey",
     beton_share=_beton_share,
 )
 CLASSIFIER = Task(
@@ -78,6 +80,7 @@ CLASSIFIER = Task(
     forward_gmacs=forward_gmacs,
     evaluation_gmacs=_evaluation_gmacs,
     parameters=lambda params, variant: parameters(find_variant(variant), params.imagenet.num_classes),
+    fine_tune="pipeline.tasks.classification.fine_tuning:train",
     takes_released=lambda params: params.classification.weights == "released",
     watching=validation,
     has_test_sets=True,

@@ -20,6 +20,7 @@ LONGER = replace(
     forward_gmacs=lambda name, image_px: forward_gmacs(BASE, image_px),
     evaluation_gmacs=lambda params, name: CLASSIFIER.evaluation_gmacs(params, BASE),
     parameters=lambda params, name: CLASSIFIER.parameters(params, BASE),
+    fine_tune="",
     takes_released=lambda params: False,
     watching=lambda params, name: validation(params, BASE),
     has_test_sets=False,

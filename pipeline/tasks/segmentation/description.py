@@ -59,6 +59,7 @@ ADE20K = DataSet(
     check="pipeline.data.segmentation_files:check",
     convert="pipeline.tasks.segmentation.images:convert",
     convert_code=("pipeline.data.convert:convert_segmentation_folder",),
+    survey="pipeline.tasks.segmentation.survey:survey",
 )
 SEGMENTER = Task(
     name="segmenter",
