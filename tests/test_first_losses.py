@@ -1,8 +1,8 @@
 """The losses of S12's first 20 steps on the demo's digits, against those in first_losses.csv.
 
-Two recipes: the demo's with larger batches, and the paper's augmentation, mixing, erasing and drop path on top. The numbers are one
-processor's for each kind of arithmetic; others round otherwise, so they may differ by what rounding grows to in 20
-steps. On a kind that the file lacks the test compares with float32 and prints the rows to be added.
+Two recipes: the demo's with larger batches, and the paper's augmentation, mixing, erasing and drop path on top. The
+numbers are one processor's for each kind of arithmetic; others round otherwise, so they may differ by what rounding
+grows to in 20 steps. On a kind that the file lacks the test compares with float32 and prints the rows to be added.
 """
 
 from pathlib import Path
