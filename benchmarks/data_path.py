@@ -29,6 +29,7 @@ import torch
 from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.decoders import IntDecoder
 from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+from ffcv.libffcv import lib as ffcv_library
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 from ffcv.writer import DatasetWriter
@@ -41,6 +42,7 @@ from pipeline.data.folders import list_image_folder
 from pipeline.data.loaders import train_loader
 from pipeline.data.pixels import decode_jpeg
 from pipeline.data.stored import plain_jpeg_size
+from pipeline.errors import UserError
 
 IMAGE_SIZE_PX = 224
 BATCH_SIZE = 64
@@ -75,8 +77,10 @@ def measure(folder: Path, scratch: Path, repeats: int) -> list[Row]:
     Rates are medians over `repeats` passes, ratios are medians of the ratios in the same round.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read, or FFCV is a wheel that lacks what is measured of it.
     """
+    if hasattr(ffcv_library, "built_without_opencv"):
+        raise UserError("stock FFCV cannot be measured: it was built without OpenCV, for `make setup WHEELHOUSE=`")
     num_images = len(list_image_folder(folder))
     batch_size = min(BATCH_SIZE, num_images)
     stock, original, compact = (scratch / f"{name}.beton" for name in ("stock", "original", "compact"))

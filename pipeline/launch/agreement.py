@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 log = logging.getLogger(__name__)
-SOFTWARE = ("torch", "torchvision", "timm", "ffcv", "numpy", "pillow", "opencv-python")
+SOFTWARE = ("torch", "torchvision", "timm", "ffcv", "numpy", "pillow", "opencv-python-headless")
 OWN = ("node", "gpu")
 """What may differ between ranks."""
 
