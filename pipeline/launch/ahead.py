@@ -105,8 +105,12 @@ def _label(work: Work) -> str:
 
 
 def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> Ahead:
-    """Submit a training together with those to come. On this machine jobs run one by one, and there are none."""
-    if not scheduler_of(profile.kind).has_queue:
+    """Submit a training together with those to come. On this machine jobs run one by one, and there are none.
+
+    Behind a training that is done nothing is queued: nobody waits for it, and DVC's graph of thousands of stages takes
+    long to read.
+    """
+    if not scheduler_of(profile.kind).has_queue or Run.of(work).is_done:
         return Ahead(work, [], profile, time.time())
     dvc = _surrounding_dvc()
     others = _trainings(params, dvc.options, os.environ.get("DVC_STAGE")) if dvc is not None else []
