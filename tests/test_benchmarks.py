@@ -62,21 +62,6 @@ def test_loading_is_measured_over_ranks_workers_and_places(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_time_and_memory_are_measured_over_the_number_of_images(tmp_path: Path) -> None:
-    (tmp_path / "scale.csv").write_text("part,what\ntrainings,kept\n")
-    small = ("--only", "images", "--limit", "1000", "--place", str(tmp_path), "--output", str(tmp_path))
-    done = bench(*small, module="benchmarks.scale")
-    assert done.returncode == 0, done.stderr
-    table = pd.read_csv(tmp_path / "scale.csv").set_index("part")
-    assert table.loc["trainings", "what"] == "kept"
-    rows = table.loc["images"]
-    assert {"convert_imagenet", "doctor --verify: hash every image", "plan (whole process)"} <= set(rows["what"])
-    assert (rows["count"] == 1000).all()
-    assert (rows[["wall_s", "cpu_s"]] > 0).all(axis=None)
-    assert [path.name for path in tmp_path.iterdir()] == ["scale.csv"]
-
-
-@pytest.mark.slow
 def test_what_a_gpu_has_to_show_is_measured_at_toy_sizes_without_one(tmp_path: Path) -> None:
     done = bench("--output", str(tmp_path), module="benchmarks.gpu")
     assert done.returncode == 0, done.stdout + done.stderr
