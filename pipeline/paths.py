@@ -94,9 +94,13 @@ def is_put_aside(run_folder: Path) -> bool:
     return "." in run_folder.name
 
 
-def with_those_put_aside(run_folder: Path) -> list[Path]:
-    """A run's place, which may be empty, and the folders of the runs that it was taken from."""
-    return [run_folder, *sorted(run_folder.parent.glob(f"{run_folder.name}.*"))]
+def with_those_put_aside(run_folder: Path) -> Iterator[Path]:
+    """A run's place, which may be empty, and the folders of the runs that it was taken from.
+
+    These are looked for only when asked for: that reads the names of all runs of the stage.
+    """
+    yield run_folder
+    yield from sorted(run_folder.parent.glob(f"{run_folder.name}.*"))
 
 
 def cluster_profile() -> Path:

@@ -15,7 +15,7 @@ from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import attempts, record, slurm_status, submission
-from pipeline.launch.ahead import Ahead
+from pipeline.launch.ahead import Ahead, queue_with_those_to_come
 from pipeline.launch.attempts import Attempt
 from pipeline.launch.fingerprint import Upstream, Work
 from pipeline.launch.record import Job
@@ -131,6 +131,17 @@ def test_a_limit_on_submitted_jobs_queues_as_many_as_it_allows_the_own_one_first
     slurm.limit(1000)
     ahead.tend()
     assert queued(FOUR) == ["b", "c", "d"]
+
+
+def test_a_training_that_is_done_reads_no_graph(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = Run.of(FOUR[0]), []
+    monkeypatch.setattr("pipeline.launch.ahead._surrounding_dvc", lambda: asked.append("DVC"))
+    queue_with_those_to_come(FOUR[0], None, profile())  # type: ignore[arg-type]
+    assert queued(FOUR) == ["a"]
+    assert asked
+    (run.folder / "done").write_text(run.fingerprint)
+    assert queue_with_those_to_come(FOUR[0], None, profile()).others == []  # type: ignore[arg-type]
+    assert asked == ["DVC"]
 
 
 def test_without_arrays_each_is_a_job(slurm: FakeSlurm) -> None:

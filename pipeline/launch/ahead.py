@@ -56,7 +56,7 @@ class Ahead:
 
     def queue(self) -> None:
         """Submit the work with the others, as far as the scheduler and the profile allow."""
-        self._queue([self.work, *self.others], 0 if Run.of(self.work).is_done else 1)
+        self._queue([self.work, *self.others], 1)
 
     def _queue(self, works: list[Work], more: int) -> None:
         """`more`: how many may be queued beyond the profile's `queue_ahead`."""
@@ -113,8 +113,12 @@ def _label(work: Work) -> str:
 
 
 def queue_with_those_to_come(work: Work, params: Params, profile: Profile) -> Ahead:
-    """Submit a training or an evaluation together with those to come."""
-    if profile.ahead == 0:
+    """Submit a training or an evaluation together with those to come.
+
+    Behind one that is done nothing is queued: nobody waits for it, and DVC's graph of thousands of stages takes long to
+    read.
+    """
+    if profile.ahead == 0 or Run.of(work).is_done:
         return Ahead(work, [], profile, time.time())
     dvc = surrounding_dvc()
     others = _works(params, dvc.options, os.environ.get("DVC_STAGE")) if dvc is not None else []

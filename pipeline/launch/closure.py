@@ -65,7 +65,7 @@ class Closure:
             pending += self._reached_from(*place)
         self.definitions = dict(sorted(self.definitions.items()))
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Of all definitions, whatever modules they are in."""
         entries = sorted(f"{place.rpartition(':')[2]} {digest}" for place, digest in self.definitions.items())

@@ -6,7 +6,7 @@ made, the job reads the original, with a warning.
 """
 
 import fcntl
-import hashlib
+import filecmp
 import logging
 import os
 import shutil
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import paths
+from pipeline.launch.fingerprint import content_digest
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 16 * 2**20
@@ -69,7 +70,7 @@ class LocalCopies(AbstractContextManager["LocalCopies"]):
         if "$" in str(disk):
             raise OSError(f"local_copy: {self.folder} names a variable that is not set on this node")
         manifest = paths.manifest(beton)
-        key = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
+        key = content_digest(manifest)[:16]
         place = disk / f"{os.environ.get('USER', os.getuid())}-betons" / f"{beton.stem}-{key}"
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         target, size = place / beton.name, beton.stat().st_size
@@ -123,7 +124,7 @@ def _is_whole(target: Path, size: int, manifest: Path) -> bool:
         target.exists()
         and target.stat().st_size == size
         and copied.exists()
-        and (copied.read_bytes() == manifest.read_bytes())
+        and filecmp.cmp(copied, manifest, shallow=False)
     )
 
 

@@ -1,6 +1,7 @@
 """A task's training and evaluation as works: the calls that run as jobs, with their arguments and inputs."""
 
 import csv
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,24 @@ def _class_folders(beton: Path) -> list[str]:
 
 
 def samples(beton: Path) -> int:
-    """How many there are in a .beton, by its manifest: one row for each below the heading.
+    """How many there are in a .beton, by its manifest.
 
     Raises:
         UserError: the manifest is missing.
     """
     if not paths.manifest(beton).exists():
         raise UserError(f"{paths.manifest(beton)} is missing: run `dvc repro` to make it")
-    with paths.manifest(beton).open(newline="") as file:
+    return rows(paths.manifest(beton))
+
+
+def rows(manifest: Path) -> int:
+    """One for each sample below the heading."""
+    there = manifest.stat()
+    return _rows(manifest, there.st_mtime_ns, there.st_size)
+
+
+@functools.cache
+def _rows(manifest: Path, mtime_ns: int, size_bytes: int) -> int:
+    """Counted once per version of a file, which takes a second for ImageNet's: each seed asks for it."""
+    with manifest.open(newline="") as file:
         return sum(1 for _ in csv.reader(file)) - 1

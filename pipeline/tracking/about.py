@@ -1,7 +1,6 @@
 """What a run folder says about itself for MLflow, as `about.json`: enough to mirror it with nothing else at hand."""
 
 import getpass
-import hashlib
 import json
 import subprocess
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import paths
+from pipeline.launch.fingerprint import content_digest
+from pipeline.launch.works import rows
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def dataset(name: str, root: str, manifest: Path, context: Literal["training", "validation"]) -> dict[str, str]:
     """An MLflow dataset whose digest is that of its manifest, which has one SHA-256 for each sample."""
-    content = manifest.read_bytes()
     return {
         "name": name,
-        "digest": hashlib.sha256(content).hexdigest()[:36],  # MLflow takes no longer one
+        "digest": content_digest(manifest)[:36],  # MLflow takes no longer one
         "source_type": "local",
         "source": json.dumps({"uri": root}),
-        "profile": json.dumps({"num_rows": content.count(b"\n") - 1}),
+        "profile": json.dumps({"num_rows": rows(manifest)}),
         "context": context,
     }
 

@@ -98,6 +98,8 @@ class Mirror:
         run_id = self.state["run_id"]
         try:
             self._send_tags(client, run_id)
+            if self.state.get("sent") == [stamp, status]:
+                return  # without reading the history again
             for name, metrics in (
                 ("steps", self.files.steps(after=self.state.get("steps", 0))),
                 ("validations", self.files.validations()),

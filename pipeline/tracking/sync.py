@@ -26,9 +26,10 @@ def catch_up(server: Server, *, running: bool = False) -> None:
 def sync(server: Server) -> int:
     """Hold every run folder against MLflow and send what is missing; returns for how many that failed."""
     with patience():
-        runs = list(_runs(server))
-        left = sum(not mirror.update(status(folder)) for folder, mirror in runs)
-        left += sum(not register(server, folder) for folder, _ in runs)
+        left = 0
+        for folder, mirror in _runs(server):  # one at a time: each keeps its run's whole history
+            left += not mirror.update(status(folder))
+            left += not register(server, folder)
         comparisons = [ComparisonMirror(server, folder) for folder in _folders("compare_with_paper")]
         return left + sum(not comparison.update() for comparison in comparisons)
 
