@@ -60,6 +60,17 @@ def test_tables_have_the_contract_columns(finished: Checkout) -> None:
     assert table5.loc["ppaa", "macs_g"] == pytest.approx(2.56, abs=0.05), "at 224 px, whatever it was trained on"
 
 
+def test_trainings_run_side_by_side_below_a_bar_for_the_whole(finished: Checkout) -> None:
+    first, second = (
+        finished.folder / f"runs/{run}" for run in ("train_classifier/poolformer_s12-0", "train_ablation/ppaa-0")
+    )
+    assert json.loads((second / "job.json").read_text())["submitted"] < (first / "done").stat().st_mtime
+    shown = re.findall(r"[━─]{30} (\d+) % of the graph", (finished.folder / "output.txt").read_text())
+    assert len(shown) > 3
+    assert shown == sorted(shown, key=int)
+    assert int(shown[-1]) >= 80
+
+
 def test_a_second_repro_runs_nothing(finished: Checkout) -> None:
     output = finished.run("dvc", "repro").stdout
     assert "Running stage" not in output

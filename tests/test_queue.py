@@ -135,7 +135,7 @@ def test_a_limit_on_submitted_jobs_queues_as_many_as_it_allows_the_own_one_first
 
 def test_a_training_that_is_done_reads_no_graph(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     run, asked = Run.of(FOUR[0]), []
-    monkeypatch.setattr("pipeline.launch.ahead._surrounding_dvc", lambda: asked.append("DVC"))
+    monkeypatch.setattr("pipeline.launch.ahead.surrounding_dvc", lambda: asked.append("DVC"))
     queue_with_those_to_come(FOUR[0], None, profile())  # type: ignore[arg-type]
     assert queued(FOUR) == ["a"]
     assert asked
@@ -191,6 +191,46 @@ def test_the_profile_limits_what_is_queued(slurm: FakeSlurm) -> None:
     slurm.set("1_0", state="CANCELLED")
     more.tend()
     assert queued([*FOUR, other]) == ["c", "d", "other"]
+
+
+def test_on_this_machine_a_job_starts_beside_another_once_what_it_starts_from_is_done(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, behind = a_work("base"), a_work("behind", after=a_work("base"))
+    started: list[str] = []
+    ended: list[str] = []
+
+    def start(self: Any, intents: list[Job], profile: Profile, code: Path, name: str, *_: Any) -> list[Job]:
+        started.append(name)
+        return [dataclasses.replace(intent, job_id=name) for intent in intents]
+
+    monkeypatch.setattr("pipeline.launch.local.Local.submit", start)
+    monkeypatch.setattr("pipeline.launch.local._process", lambda job: None if job.job_id in ended else object())
+    here = Profile(kind="local", gpus_per_node=0, queue_ahead=1, cpus_per_task=1)
+    ahead = Ahead(base, [behind, *FOUR], here, since=time.time())
+    ahead.queue()
+    assert started == ["train_something-base", "train_something-a"]
+    ahead.tend()
+    assert len(started) == 2
+    run = Run.of(base)
+    (run.folder / "out").mkdir()
+    (run.folder / "done").write_text(run.fingerprint)
+    done = Run.of(FOUR[0])
+    (done.folder / "done").write_text(done.fingerprint)
+    ended.append("train_something-a")
+    ahead.tend()
+    assert started[2:] == ["train_something-behind"]
+
+
+def test_jobs_side_by_side_share_the_cores_and_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cluster.cores_here", lambda: 8)
+    assert Profile(kind="local", gpus_per_node=0, queue_ahead=3).cpus == 2
+    assert Profile(kind="local", gpus_per_node=0).ahead == 0
+    assert Profile(kind="local", gpus_per_node=2, queue_ahead="auto").ahead == 0
+    with pytest.raises(ValueError, match="share the GPUs"):
+        Profile(kind="local", gpus_per_node=1, queue_ahead=1)
+    with pytest.raises(ValueError, match="kind local"):
+        Profile(kind="slurm", gpus_per_node=0, cpus_per_task=1, queue_ahead="auto")
 
 
 def fail(name: str, job: str, message: str, state: str, slurm: FakeSlurm) -> None:

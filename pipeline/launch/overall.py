@@ -25,6 +25,7 @@ time left is scaled by the time that has passed.
 """
 STEP_IN_FORWARD_PASSES = 3
 BAR = 30
+LOOK_S = 3.0
 SURE = 0.03
 """Share of the whole from which on the time left is shown."""
 
@@ -45,13 +46,15 @@ class Overall:
         self.stage = os.environ.get("DVC_STAGE", "")
         self.repro = _around(self.stage) if self.stage else None
         self.expected_s: dict[str, float] = {}
+        self.looked = -LOOK_S
         if self.repro is not None and self.stage in self.repro.stages:
             self.expected_s = {stage: _expected_s(params, stage) for stage in self.repro.stages}
 
     def show(self) -> None:
-        """Log the bar, if it has grown."""
-        if self.repro is None or not self.expected_s:
+        """Log the bar, if it has grown; looked at every LOOK_S at most."""
+        if self.repro is None or not self.expected_s or time.monotonic() - self.looked < LOOK_S:
             return
+        self.looked = time.monotonic()
         passed = self.repro.stages.index(self.stage)
         done_s = sum(
             seconds * (1.0 if place < passed else _share(stage, self.repro.started))
