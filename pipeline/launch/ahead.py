@@ -61,6 +61,8 @@ class Ahead:
     def _queue(self, works: list[Work], more: int) -> None:
         """`more`: how many may be queued beyond the profile's `queue_ahead`."""
         most = None if self.profile.ahead is None else self.profile.ahead + more
+        if most is not None and most <= 0:
+            return
         reasons = queue(works, self.profile, self.since, most)
         reasons.pop(_label(self.work), None)  # its own stage waits, or fails
         if self.has_queue:
@@ -81,16 +83,19 @@ class Ahead:
         for other in self.others:
             try:
                 with record.launching():
-                    self._resubmit(Run.of(other))
+                    self._resubmit(other)
                 alive += attach(paths.run(other.stage, other.name)) is not None
             except UserError as error:
                 self._say(_label(other), str(error))
         if self.left:
             self._queue([other for other in self.others if _label(other) in self.left], -alive)
 
-    def _resubmit(self, run: Run) -> None:
-        job = record.read_job(run.folder)
-        if record.fingerprint_of(run.folder) != run.fingerprint or run.is_done or job is None or job.job_id is None:
+    def _resubmit(self, work: Work) -> None:
+        job = record.read_job(paths.run(work.stage, work.name))
+        if job is None or job.job_id is None:
+            return
+        run = Run.of(work)
+        if record.fingerprint_of(run.folder) != run.fingerprint or run.is_done:
             return
         end = state(job)
         if not end.is_over:
