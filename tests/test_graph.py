@@ -438,15 +438,6 @@ def test_doctor_finds_what_a_killed_dvc_left_and_who_can_write_to_its_state(chec
     assert (home / "cache/dvc-site").stat().st_mode & 0o777 == 0o700
 
 
-def test_apt_line_is_printed_when_not_root() -> None:
-    script = (ROOT / ".ci/apt-install").read_text().replace('"$(id -u)"', "1000")
-    done = subprocess.run(
-        ["bash", "-c", script], env={**os.environ, "packages": "no-such-package"}, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "apt-get install no-such-package" in done.stdout
-
-
 def test_dvc_exp_run_composes_the_same_parameters(checkout: Checkout) -> None:
     config = checkout.folder / ".dvc/config"
     config.write_text(config.read_text().replace("    no_scm = True\n", ""))
