@@ -119,7 +119,7 @@ class Training:
 def prepared(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
     """The checkout with its data."""
     made = Training(tmp_path_factory.mktemp("faults"), slurm_cluster)
-    for stage in ("code", "prepare_imagenet", "convert_imagenet"):
+    for stage in ("code", "prepare_imagenet", "convert_imagenet", "prepare_weights"):
         made.checkout.pipeline(stage)
     yield made
     print("\n" + "\n".join(COSTS))
