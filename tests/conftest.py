@@ -29,19 +29,23 @@ LONGEST_FIRST = (
     "test_released_tier",
     "test_layouts",
     "test_native",
+    "test_your_images",
 )
 DEMO = (
     "scale=demo",
     "classification.train=[poolformer_s12]",
     "ablations.train=[ppaa]",
+    "classification.recipe.global_batch_size=32",
+    "classification.recipe.learning_rate_per_1024=0.032",
     "classification.recipe.max_steps=12",
     "classification.recipe.precision=fp32",
+    "segmentation.recipe.global_batch_size=16",
     "segmentation.recipe.max_steps=6",
     "segmentation.recipe.precision=fp32",
     "evaluation.classification.precision=fp32",
     "evaluation.segmentation.precision=fp32",
 )
-"""The demo, shortened to one variant, one ablation and a few steps.
+"""The demo, shortened to one variant, one ablation and a few steps of larger batches.
 
 In float32, so that one process and two ranks can be compared.
 """

@@ -79,8 +79,8 @@ def test_why_names_parameters_data_and_definitions(run: Run, monkeypatch: pytest
     said = upkeep.why(load_params(paths.PARAMS), "train_classifier", "poolformer_s12", 0)
     assert "parameter recipe.learning_rate_per_1024: 0.01 -> 0.02" in said
     assert "data data/beton/imagenet/train.beton.manifest.csv: " in said
-    assert "parameter peak_learning_rate: 0.0003125 -> 0.000625" in said
-    assert "parameter total_steps: 0 -> 5" in said
+    assert "parameter peak_learning_rate: 0.00015625 -> 0.0003125" in said
+    assert "parameter total_steps: 0 -> 6" in said
     assert "code" not in said
     assert identify(changed.work).code == run.identity.code
 

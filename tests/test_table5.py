@@ -123,7 +123,7 @@ def test_an_unknown_row_is_named(in_checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("profile", "says"),
     [
-        ({"max_images_per_device": 16}, "cannot be accumulated, as batch norm needs the whole batch"),
+        ({"max_images_per_device": 8}, "cannot be accumulated, as batch norm needs the whole batch"),
         ({"activation_checkpointing": True}, "count each batch twice"),
     ],
 )

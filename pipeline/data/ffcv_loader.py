@@ -29,6 +29,9 @@ Read = Callable[[Ints, Any, Any], Any]
 """`(positions of the batch, the field's metadata, (file, pointers, sizes))` -> what the batch has for this output."""
 _compiler_setting = Lock()
 
+JOIN_S = 5.0
+"""The thread looks every half second whether it is to end."""
+
 
 class InOrderLoader(Loader):
     """FFCV's Loader over `positions` in this order, the last batch smaller; each `iter` starts from the first again.
@@ -79,6 +82,7 @@ class InOrderLoader(Loader):
                 yield outputs
         finally:
             batches.close()  # or its thread would wait for ever for someone to take a batch
+            batches.join(JOIN_S)  # at the interpreter's end it would be ended inside C++, which aborts the process
 
 
 class _Batches(EpochIterator):
