@@ -203,13 +203,13 @@ def _data(params: Params) -> Iterator[Finding]:
 def _survey(params: Params) -> Iterator[Finding]:
     """What the prepare stages say of the images."""
     for data in DATA_SETS.values():
-        section, listing = data.section(params), read_listing(data.name, data.training)
+        section = data.section(params)
         if section.source != "folder" or data.training not in section.splits:
             continue
         try:
             if data.count:
                 load(data.count)(params)
-            if is_listing_of(Path(section.root), data.training, listing):
+            if is_listing_of(Path(section.root), data.training, read_listing(data.name, data.training)):
                 for sentence in survey(params, data):
                     yield Finding("note", data.title, sentence)
             elif Path(section.root).is_dir():

@@ -27,12 +27,11 @@ from pipeline.errors import UserError
 from pipeline.paper import label, numbers
 from pipeline.paper.spread import Spread
 from pipeline.tasks.classification.description import CLASSIFIER, IMAGENET
-from pipeline.tasks.description import DataSet, Task
+from pipeline.tasks.description import STEP_IN_FORWARD_PASSES, DataSet, Task
 
 GUIDE_IMAGES = 310 * 1_281_167
 """Images that the cost guide's GPU-hours are for: 310 epochs of ImageNet, at 224 px."""
 REFERENCE = "poolformer_s12"
-STEP_IN_FORWARD_PASSES = 3
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """Weights and AdamW's two moments, float32. Two checkpoints are kept while a run goes on."""
 

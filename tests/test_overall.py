@@ -12,7 +12,7 @@ from pipeline import paths
 from pipeline.config import load_params
 from pipeline.launch import overall
 from pipeline.launch.dvc_graph import Dvc
-from pipeline.launch.overall import Overall, Repro
+from pipeline.launch.overall import Overall
 
 STAGES = [
     "train_classifier@poolformer_s12-0",
@@ -27,10 +27,9 @@ def repro(in_checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Dvc:
     """A `dvc repro` that began ten minutes ago and now runs the second stage."""
     dvc = Dvc(Namespace(), time.time() - 600)
     monkeypatch.setattr(overall, "surrounding_dvc", lambda: dvc)
+    monkeypatch.setattr(overall, "to_run", lambda options, running: STAGES)
     monkeypatch.setattr(overall, "LOOK_S", 0.0)
     monkeypatch.setenv("DVC_STAGE", STAGES[1])
-    paths.RUNS.mkdir()
-    overall.FILE.write_text(json.dumps(vars(Repro(dvc.started, STAGES))))
     return dvc
 
 

@@ -22,13 +22,12 @@ from ffcv.fields.base import Field
 
 from pipeline import paths
 from pipeline.data.beton import IMAGE_MODES, BetonWriter
-from pipeline.data.folders import ImageFolder, LabelledImages, Listed, list_image_folder
+from pipeline.data.folders import LabelledImages, Listed, ReadableImages, list_image_folder
 from pipeline.data.manifest import COLUMNS
 from pipeline.data.parquet import ParquetImages, RowGroup
 from pipeline.data.progress import images_progress
-from pipeline.data.segmentation_files import SegmentationImages, files_at, list_segmentation_images
+from pipeline.data.segmentation_files import files_at, list_segmentation_images
 from pipeline.data.stored import StoredSample, compact_sample, original_sample, segmentation_sample
-from pipeline.data.tar import TarImages
 from pipeline.errors import UserError
 
 # A thread's portion of work: as many consecutive files as fit both.
@@ -86,7 +85,7 @@ def convert_images(
         with _placed(images, Path(beton)) as (partial, manifest):
             _write_sorted(images, partial, manifest, fields, store, workers)
         return
-    assert isinstance(images, ImageFolder | TarImages)
+    assert isinstance(images, ReadableImages)
 
     def sample(index: int) -> StoredSample:
         return store(images.place(index), images.read(index))
@@ -146,7 +145,7 @@ def _placed(images: Listed, beton: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _write(
-    images: ImageFolder | TarImages | SegmentationImages,
+    images: Listed,
     beton: Path,
     manifest: Path,
     fields: dict[str, Field],

@@ -6,6 +6,7 @@ A sample's index, in a .beton and everywhere after it, is its position in these 
 import csv
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Listed(Protocol):
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabelledImages(ABC):
     """A split's images in the order of ImageNet's folders: sorted by class, then by file.
 
     `labels` is int32 `(N,)`, the class's position in `classes`.
@@ -55,9 +56,13 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.names)
 
+    @abstractmethod
     def sizes_bytes(self) -> npt.NDArray[np.int64]:
         """Of the images' files, `(N,)`."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def place(self, index: int) -> str:
+        """For messages: where an image is."""
 
     def total_bytes(self) -> int:
         return int(self.sizes_bytes().sum())
@@ -70,17 +75,25 @@ class LabelledImages:
 
 
 @dataclass(frozen=True)
-class ImageFolder(LabelledImages):
-    """Images in files: `<root>/<class>/<file>`, or `<root>/<file>` if `is_flat`."""
+class ReadableImages(LabelledImages):
+    """Images that can be read one by one, in any order. `sizes` is int64 `(N,)`, bytes."""
 
     sizes: npt.NDArray[np.int64]
-    is_flat: bool = False
 
     def sizes_bytes(self) -> npt.NDArray[np.int64]:
         return self.sizes
 
+    @abstractmethod
+    def read(self, index: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class ImageFolder(ReadableImages):
+    """Images in files: `<root>/<class>/<file>`, or `<root>/<file>` if `is_flat`."""
+
+    is_flat: bool = False
+
     def place(self, index: int) -> str:
-        """An image's file."""
         return f"{self.root}/{self.names[index] if self.is_flat else self.relative_path(index)}"
 
     def read(self, index: int) -> bytes:

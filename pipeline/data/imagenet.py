@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import ImageNetData
-from pipeline.data.folders import IMAGE_SUFFIXES, ImageFolder, LabelledImages, check_classes, image_files
-from pipeline.data.folders import list_image_folder as list_class_folders
+from pipeline.data.folders import (
+    IMAGE_SUFFIXES,
+    ImageFolder,
+    LabelledImages,
+    check_classes,
+    image_files,
+    list_image_folder,
+)
 from pipeline.data.imagenet_labels import ADVICE, validation_synsets
 from pipeline.errors import UserError
 
@@ -43,7 +49,7 @@ def list_imagenet(
         return list_parquet(root, split, synsets=synsets, num_classes=num_classes, classes=classes)
     if split == "val" and is_flat(root / split):
         return _list_flat(root, root / split, num_classes, classes)
-    return list_class_folders(root / split, num_classes=num_classes, classes=classes)
+    return list_image_folder(root / split, num_classes=num_classes, classes=classes)
 
 
 def check(data: ImageNetData) -> None:

@@ -33,6 +33,8 @@ class RowGroup:
 
     shard: Path
     number: int
+    size_bytes: int
+    """Of all its columns."""
     indices: npt.NDArray[np.int64]
 
     def images(self) -> Iterator[tuple[int, bytes]]:
@@ -66,17 +68,11 @@ class ParquetImages(LabelledImages):
     row_groups: list[RowGroup]
 
     def place(self, index: int) -> str:
-        """For messages."""
         return f"{self.relative_path(index)} in {self.root}"
 
     def at_once(self, limit_bytes: int) -> int:
         """How many row groups fit into so much memory, at least one."""
-        largest = 1
-        for shard in dict.fromkeys(group.shard for group in self.row_groups):
-            with pq.ParquetFile(shard) as file:
-                sizes = [file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups)]
-            largest = max(largest, *sizes)
-        return max(1, limit_bytes // largest)
+        return max(1, limit_bytes // max(group.size_bytes for group in self.row_groups))
 
     def total_bytes(self) -> int:
         """Of the shards, which is hardly more."""
@@ -116,14 +112,14 @@ def list_parquet(
     shards = find_shards(root, split)
     names: list[str] = []
     found: list[str] = []
-    groups: list[tuple[Path, int, int]] = []
+    groups: list[tuple[Path, int, int, int]] = []
     for shard in shards:
         try:
             with pq.ParquetFile(shard) as file:
                 table = file.read(columns=["image.path", "label"])
                 numbers = table.column("label").to_pylist()
                 paths = table.column("image").combine_chunks().field("path").to_pylist()
-                rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+                parts = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         except (OSError, pa.ArrowException, KeyError) as error:
             raise UserError(
                 f"{shard} is not a shard of ILSVRC/imagenet-1k ({error!r}): it has the columns image (bytes, path) and "
@@ -133,7 +129,7 @@ def list_parquet(
             name, synset = _name_and_synset(shard, path, number, len(names), split, synsets)
             names.append(name)
             found.append(synset)
-        groups.extend((shard, number, count) for number, count in enumerate(rows))
+        groups.extend((shard, number, part.total_byte_size, part.num_rows) for number, part in enumerate(parts))
     present = tuple(sorted(set(found)))
     check_classes(shards[0].parent, present, num_classes, classes)
     position = {synset: label for label, synset in enumerate(present)}
@@ -141,10 +137,10 @@ def list_parquet(
     order = np.array(sorted(range(len(names)), key=lambda row: (found[row], names[row])), np.int64)
     indices = np.empty_like(order)
     indices[order] = np.arange(len(order))
-    ends = np.cumsum([count for _, _, count in groups])
+    ends = np.cumsum([count for *_, count in groups])
     row_groups = [
-        RowGroup(shard, number, indices[end - count : end])
-        for (shard, number, count), end in zip(groups, ends, strict=True)
+        RowGroup(shard, number, size, indices[end - count : end])
+        for (shard, number, size, count), end in zip(groups, ends, strict=True)
     ]
     return ParquetImages(shards[0].parent, present, [names[row] for row in order], labels[order], row_groups)
 

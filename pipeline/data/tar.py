@@ -12,23 +12,18 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.folders import IMAGE_SUFFIXES, LabelledImages, check_classes
+from pipeline.data.folders import IMAGE_SUFFIXES, ReadableImages, check_classes
 from pipeline.data.progress import images_progress
 from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
-class TarImages(LabelledImages):
-    """`root` is the tar file; `offsets` and `sizes` are int64 `(N,)`, in bytes of it."""
+class TarImages(ReadableImages):
+    """`root` is the tar file; `offsets` is int64 `(N,)`, in bytes of it."""
 
     offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-
-    def sizes_bytes(self) -> npt.NDArray[np.int64]:
-        return self.sizes
 
     def place(self, index: int) -> str:
-        """For messages."""
         return f"{self.relative_path(index)} in {self.root}"
 
     @cached_property
@@ -143,4 +138,4 @@ def _sorted(tar: Path, classes: tuple[str, ...], found: list[_Class]) -> TarImag
         sizes.append(np.array(of_class.sizes, np.int64)[order])
     counts = [len(of_class.names) for of_class in found]
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return TarImages(tar, classes, names, labels, np.concatenate(offsets), np.concatenate(sizes))
+    return TarImages(tar, classes, names, labels, np.concatenate(sizes), np.concatenate(offsets))

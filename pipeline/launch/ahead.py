@@ -28,7 +28,7 @@ from pipeline.launch.works import of_stage
 
 log = logging.getLogger(__name__)
 TEND_S = {True: 60.0, False: 5.0}
-"""How often the others are looked after; more often where a job that has ended leaves a core without work."""
+"""How often the others are looked after, with a queue and without: there a job that has ended leaves a core idle."""
 
 
 @dataclass
@@ -70,12 +70,11 @@ class Ahead:
                 self._say(label, f"not queued ahead: {reason}")
         self.left = set(reasons)
 
-    def is_due(self) -> bool:
-        """Whether the others have to be looked after, now and then true while one waits for the work."""
-        if not self.others or time.monotonic() - self.tended < TEND_S[self.has_queue]:
-            return False
-        self.tended = time.monotonic()
-        return True
+    def tend_now_and_then(self) -> None:
+        """`tend`, every TEND_S: to be called while one waits for the work."""
+        if self.others and time.monotonic() - self.tended >= TEND_S[self.has_queue]:
+            self.tended = time.monotonic()
+            self.tend()
 
     def tend(self) -> None:
         """Look after the others while the work runs: resubmit what ended without a result, queue what was not."""

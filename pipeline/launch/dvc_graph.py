@@ -6,6 +6,7 @@ arguments, and DVC's graph says which stages follow. `dvc status` and `dvc repro
 while a stage runs, whose outputs are locked.
 """
 
+import functools
 import json
 import os
 from argparse import Namespace
@@ -26,8 +27,9 @@ class Dvc:
     started: float
 
 
+@functools.cache
 def surrounding_dvc() -> Dvc | None:
-    """The one that this process belongs to."""
+    """The one that this process belongs to, for as long as it lives."""
     try:
         locked = json.loads(RWLOCK.read_text())["write"].values()
     except (FileNotFoundError, KeyError, json.JSONDecodeError):
@@ -55,18 +57,17 @@ def to_run(options: Namespace, running: str) -> list[str]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    found = [running]
+    runs = {running: None}
     try:
         with Repo() as repo, repo.lock:
-            graph, steps = plan(repo, options)
-            addresses = [stage.addressing for stage in steps]
-            for stage in steps[addresses.index(running) + 1 :] if running in addresses else []:
-                before = {each.addressing for each in graph.successors(stage)} & {*found}
+            graph, steps = _plan(repo, options, running)
+            for stage in steps:
+                before = any(each.addressing in runs for each in graph.successors(stage))
                 if before or options.force or stage.changed():  # in this order: what waits for `running` is locked
-                    found.append(stage.addressing)
+                    runs[stage.addressing] = None
     except DvcException:
         return []
-    return found
+    return list(runs)
 
 
 def stale(
@@ -75,23 +76,15 @@ def stale(
     """Stage, variant and seed of each, in DVC's order, behind the one that runs now."""
     import networkx
 
-    graph, steps = plan(repo, options)
-    runs, found = set[str](), []
-    if running is not None:
-        addresses = [stage.addressing for stage in steps]
-        if running not in addresses:
-            return []
-        runs, steps = {running}, steps[addresses.index(running) + 1 :]
+    graph, steps = _plan(repo, options, running)
+    runs, found = {running}, []
     for stage in steps:
         before = {other.addressing for other in graph.successors(stage)} & runs  # its dependencies
-        if stage.addressing.startswith(trainings):
-            if not all(address.startswith(trainings) for address in before):
-                continue  # its data is still to be made: its own stage will queue it
+        is_training = stage.addressing.startswith(trainings)
+        if is_training and not all(address.startswith(trainings) for address in before):
+            continue  # its data is still to be made: its own stage will queue it
+        if is_training or (stage.addressing.startswith(evaluations) and not before):
             if before or options.force or _is_stale(repo, stage, run_cache=not options.no_run_cache):
-                found.append(stage.cmd.split()[-3:])
-                runs.add(stage.addressing)
-        elif stage.addressing.startswith(evaluations) and not before:
-            if options.force or _is_stale(repo, stage, run_cache=not options.no_run_cache):
                 found.append(stage.cmd.split()[-3:])
                 runs.add(stage.addressing)
         elif any(other.addressing.startswith(trainings) for other in networkx.ancestors(graph, stage)) and (
@@ -101,8 +94,8 @@ def stale(
     return found
 
 
-def plan(repo: Any, options: Namespace) -> tuple[Any, list[Any]]:
-    """DVC's graph, and its stages in the order in which `dvc repro` with these options comes to them."""
+def _plan(repo: Any, options: Namespace, running: str | None) -> tuple[Any, list[Any]]:
+    """DVC's graph and its stages, in the order in which such a `dvc repro` comes to them after `running`."""
     from dvc.dvcfile import PROJECT_FILE
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
@@ -111,9 +104,13 @@ def plan(repo: Any, options: Namespace) -> tuple[Any, list[Any]]:
     if not options.all_pipelines:
         targets = options.targets or [PROJECT_FILE]
         chosen = collect_stages(repo, targets, recursive=options.recursive, glob=options.glob)
-    if options.single_item and not (options.pipeline or options.all_pipelines):
-        return graph, chosen
-    return graph, plan_repro(graph, chosen, pipeline=options.pipeline, downstream=options.downstream)
+    steps = chosen
+    if not options.single_item or options.pipeline or options.all_pipelines:
+        steps = plan_repro(graph, chosen, pipeline=options.pipeline, downstream=options.downstream)
+    if running is None:
+        return graph, steps
+    addresses = [stage.addressing for stage in steps]
+    return graph, steps[addresses.index(running) + 1 :] if running in addresses else []
 
 
 def _is_stale(repo: Any, stage: Any, *, run_cache: bool) -> bool:

@@ -12,7 +12,7 @@ from pipeline.catalogue import RELEASED_STAGES, TASKS
 from pipeline.config import Params
 from pipeline.launch.dvc_graph import surrounding_dvc, to_run
 from pipeline.launch.works import samples
-from pipeline.tasks.description import Task
+from pipeline.tasks.description import STEP_IN_FORWARD_PASSES, Task
 from pipeline.train import history
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ START_S, GMAC_S, PARAMETER_S, OTHER_S = 5.0, 0.03, 5e-9, 3.0
 On one core with AVX512-BF16, at the demo's size. Elsewhere they are wrong for all stages alike, more or less, and the
 time left is scaled by the time that has passed.
 """
-STEP_IN_FORWARD_PASSES = 3
 BAR = 30
 LOOK_S = 3.0
 SURE = 0.03
@@ -32,10 +31,11 @@ SURE = 0.03
 
 @dataclass
 class Repro:
-    """A `dvc repro`: its start as Unix time, s, the stages that it runs, and the last per cent that was shown."""
+    """A `dvc repro`: its start as Unix time, s, and the last per cent that was shown."""
 
     started: float
-    stages: list[str]
+    expected_s: dict[str, float]
+    """Of each stage that it runs, in DVC's order."""
     shown: int = -1
 
 
@@ -44,23 +44,21 @@ class Overall:
 
     def __init__(self, params: Params) -> None:
         self.stage = os.environ.get("DVC_STAGE", "")
-        self.repro = _around(self.stage) if self.stage else None
-        self.expected_s: dict[str, float] = {}
+        self.repro = _around(params, self.stage) if self.stage else None
         self.looked = -LOOK_S
-        if self.repro is not None and self.stage in self.repro.stages:
-            self.expected_s = {stage: _expected_s(params, stage) for stage in self.repro.stages}
 
     def show(self) -> None:
         """Log the bar, if it has grown; looked at every LOOK_S at most."""
-        if self.repro is None or not self.expected_s or time.monotonic() - self.looked < LOOK_S:
+        if self.repro is None or time.monotonic() - self.looked < LOOK_S:
             return
         self.looked = time.monotonic()
-        passed = self.repro.stages.index(self.stage)
+        expected_s = self.repro.expected_s
+        passed = list(expected_s).index(self.stage)
         done_s = sum(
             seconds * (1.0 if place < passed else _share(stage, self.repro.started))
-            for place, (stage, seconds) in enumerate(self.expected_s.items())
+            for place, (stage, seconds) in enumerate(expected_s.items())
         )
-        share = done_s / sum(self.expected_s.values())
+        share = done_s / sum(expected_s.values())
         if int(100 * share) <= self.repro.shown:
             return
         self.repro.shown = int(100 * share)
@@ -74,16 +72,19 @@ class Overall:
         log.info("%s%s %d %% of the graph%s", "━" * full, "─" * (BAR - full), self.repro.shown, left)
 
 
-def _around(stage: str) -> Repro | None:
+def _around(params: Params, stage: str) -> Repro | None:
+    """The `dvc repro` that runs a stage; what its stages take is worked out by the first of them."""
     dvc = surrounding_dvc()
     if dvc is None:
         return None
     try:
         repro = Repro(**json.loads(FILE.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
-        repro = Repro(0, [])
-    is_known = repro.started == dvc.started and stage in repro.stages
-    return repro if is_known else Repro(dvc.started, to_run(dvc.options, stage))
+        repro = Repro(0, {})
+    if repro.started == dvc.started and stage in repro.expected_s:
+        return repro
+    stages = to_run(dvc.options, stage)
+    return Repro(dvc.started, {each: _expected_s(params, each) for each in stages}) if stages else None
 
 
 def _share(stage: str, since: float) -> float:

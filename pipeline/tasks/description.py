@@ -14,6 +14,9 @@ from pipeline import paths
 from pipeline.config import TRAINED, Params
 from pipeline.errors import UserError, find
 
+STEP_IN_FORWARD_PASSES = 3
+"""Multiply-adds of a training step over those of its forward pass."""
+
 
 @dataclass(frozen=True)
 class Split:

@@ -44,8 +44,7 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
 
     def watch(_: Path) -> None:
         now = time.monotonic()
-        if ahead.is_due():
-            ahead.tend()
+        ahead.tend_now_and_then()
         if now - shown["at"] < SHOW_EVERY_S:
             return
         _describe(params, task, work)
@@ -83,8 +82,7 @@ def run_evaluation(params: Params, task: Task, work: Work, ahead: Ahead, outputs
     def watch(_: Path) -> None:
         overall.show()
         import_module("mlflow")  # takes seconds, which cost nothing while the job runs
-        if ahead.is_due():
-            ahead.tend()
+        ahead.tend_now_and_then()
 
     run_job(work, outputs, watch)
     server = Server()

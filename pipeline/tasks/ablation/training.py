@@ -1,5 +1,6 @@
 """Training of one ablation of Table 5, as a function that runs inside a job."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,11 @@ from torch import nn
 
 from pipeline import device as ranks
 from pipeline.ablations import find_ablation
-from pipeline.cluster import Profile, split
-from pipeline.config import ClassificationRecipe, validate
+from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.models.ablations import create_ablation
-from pipeline.tasks.classification.training import ClassificationTask, validation_passes
-from pipeline.tasks.training import run_recipe
+from pipeline.tasks.classification.training import ClassificationTask
+from pipeline.tasks.classification.training import train as train_classifier
 
 
 class AblationTask(ClassificationTask):
@@ -32,34 +32,19 @@ class AblationTask(ClassificationTask):
         )
 
 
-def train(
-    world: ranks.World,
-    run_folder: Path,
-    profile: Profile,
-    *,
-    variant: str,
-    ablation: str,
-    seed: int,
-    recipe: dict[str, Any],
-    num_classes: int,
-    beton: str,
-    validation: dict[str, Any] | None = None,
-) -> bool:
-    """Train one ablation of `variant`; see `run_recipe` for what is written and returned.
+def train(world: ranks.World, run_folder: Path, profile: Profile, *, ablation: str, **arguments: Any) -> bool:
+    """Train one ablation; the rest is the arguments of the classifier's `train`.
 
     Batch norm is over the global batch: its shares are not split into micro-batches.
 
     Raises:
         UserError: batch norm on a profile that splits the shares, or that runs each block's forward pass twice.
     """
-    checked = validate(ClassificationRecipe, recipe, "recipe")
     has_batch_norm = find_ablation(ablation).norm == "batch_norm"
     if has_batch_norm and profile.activation_checkpointing:
         raise UserError(
             f"{ablation} cannot be trained with activation_checkpointing, which would count each batch twice in batch "
             "norm's running statistics: use a cluster profile without it"
         )
-    layout = split(checked.global_batch_size, world.size, profile.max_images_per_device, accumulates=not has_batch_norm)
-    task = AblationTask(ablation, variant, checked, num_classes, Path(beton), seed, world)
-    passes = validation_passes(task, validation, profile)
-    return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=passes)
+    kind = partial(AblationTask, ablation)
+    return train_classifier(world, run_folder, profile, kind=kind, accumulates=not has_batch_norm, **arguments)

@@ -1,18 +1,18 @@
 """Training of one classifier from the weights of a file, as a function that runs inside a job."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pipeline import device as ranks
-from pipeline.cluster import Profile, split
-from pipeline.config import ClassificationRecipe, validate
+from pipeline.cluster import Profile
 from pipeline.models.poolformer import create_classifier
 from pipeline.models.released_weights import load_start
-from pipeline.tasks.classification.training import ClassificationTask, validation_passes
-from pipeline.tasks.training import run_recipe
+from pipeline.tasks.classification.training import ClassificationTask
+from pipeline.tasks.classification.training import train as train_classifier
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +32,10 @@ class FineTuning(ClassificationTask):
         return model
 
 
-def train(
-    world: ranks.World,
-    run_folder: Path,
-    profile: Profile,
-    *,
-    variant: str,
-    seed: int,
-    recipe: dict[str, Any],
-    num_classes: int,
-    beton: str,
-    start: str,
-    validation: dict[str, Any] | None = None,
-) -> bool:
-    """Train one classifier from the weights in `start`; see `run_recipe` for what is written and returned.
+def train(world: ranks.World, run_folder: Path, profile: Profile, *, start: str, **arguments: Any) -> bool:
+    """Train one classifier from the weights in `start`; the rest is the arguments of the classifier's `train`.
 
     Raises:
         UserError: the file is not a classifier of this variant.
     """
-    checked = validate(ClassificationRecipe, recipe, "recipe")
-    layout = split(checked.global_batch_size, world.size, profile.max_images_per_device)
-    task = FineTuning(Path(start), variant, checked, num_classes, Path(beton), seed, world)
-    passes = validation_passes(task, validation, profile)
-    return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=passes)
+    return train_classifier(world, run_folder, profile, kind=partial(FineTuning, Path(start)), **arguments)

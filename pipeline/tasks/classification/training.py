@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -138,14 +138,17 @@ def train(
     num_classes: int,
     beton: str,
     validation: dict[str, Any] | None = None,
+    kind: Callable[..., ClassificationTask] = ClassificationTask,
+    accumulates: bool = True,
 ) -> bool:
     """Train one classifier; see `run_recipe` for what is written and returned.
 
-    `validation` has the arguments of ValidationSet: where and how top-1 is measured meanwhile.
+    `validation` has the arguments of ValidationSet: where and how top-1 is measured meanwhile. `kind` makes the
+    task from the arguments of ClassificationTask; `accumulates` is as `cluster.split` takes it.
     """
     checked = validate(ClassificationRecipe, recipe, "recipe")
-    layout = split(checked.global_batch_size, world.size, profile.max_images_per_device)
-    task = ClassificationTask(variant, checked, num_classes, Path(beton), seed, world)
+    layout = split(checked.global_batch_size, world.size, profile.max_images_per_device, accumulates=accumulates)
+    task = kind(variant, checked, num_classes, Path(beton), seed, world)
     passes = validation_passes(task, validation, profile)
     return run_recipe(task, world, run_folder, layout, profile, seed=seed, validation=passes)
 
