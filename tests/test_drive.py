@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,17 +85,78 @@ def test_no_drive_is_submitted_while_slurm_does_not_answer(driven: Path, monkeyp
     assert (driven / "job.json").exists()
 
 
-def test_a_drive_outlasts_what_dvc_says_of_its_locks(driven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter([(255, "ERROR: unexpected error - Already unlocked", set()), (0, "", set())])
-    monkeypatch.setattr(drive, "LOCKED_S", 0)
+@pytest.fixture
+def driver(driven: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """Job 1 of a drive, in a queue that holds no other."""
     monkeypatch.setattr(drive, "squeue", lambda environment: {})
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGUSR2, signal.SIGTERM)]
-    try:
-        driver = Driver("metaformer-this")
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-    monkeypatch.setattr(driver, "_successor", lambda job: "2")
-    monkeypatch.setattr(driver, "_repro", lambda: next(said))
+    driver = Driver("metaformer-this")
+    yield driver
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def test_a_drive_outlasts_what_dvc_says_of_its_locks(
+    driver: Driver, driven: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: Iterator[tuple[int, str, set[int]]] = iter(
+        [(255, "ERROR: unexpected error - Already unlocked", set()), (0, "", set())]
+    )
+    monkeypatch.setattr(drive, "LOCKED_S", 0)
+    monkeypatch.setattr(drive, "_sbatch", lambda script, environment: "2")
+    monkeypatch.setattr(driver, "_repro", lambda job: next(said))
     assert driver.run() == 0
     assert (driven / "done").read_text() == "metaformer-this"
+
+
+def fake_dvc(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a `dvc` beside the interpreter that the driver looks beside."""
+    (folder / "dvc").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "dvc").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    (paths.run(drive.STAGE, drive.NAME) / "targets.json").write_text("[]")
+
+
+def test_a_successor_that_slurm_did_not_take_is_submitted_later(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answers: list[str | Exception] = [UnreachableError("Unable to contact slurm controller"), UserError("a limit"), "2"]
+    submitted = []
+
+    def sbatch(script: Path, environment: dict[str, str]) -> str:
+        answer = answers.pop(0)
+        submitted.append(answer)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(drive, "_sbatch", sbatch)
+    monkeypatch.setattr(drive, "SUCCESSOR_S", 0.1)
+    fake_dvc(tmp_path, "sleep 3", monkeypatch)
+    assert driver.run() == 0
+    assert driver.successor == "2"
+    assert submitted[-1] == "2"
+    assert capfd.readouterr().out.count("no successor") == 1
+
+
+@pytest.mark.parametrize("killed", [drive.DEATHS - 1, drive.DEATHS])
+def test_a_drive_gives_up_when_its_jobs_are_killed_again_and_again(
+    killed: int, driver: Driver, driven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs that left because they were preempted do not count."""
+    monkeypatch.setattr(drive, "_sbatch", lambda script, environment: "2")
+    fake_dvc(tmp_path, "exit 0", monkeypatch)
+    starts = [{"job": str(number), "time": time.time(), "pid": 7, "ended": False} for number in range(10, 20)]
+    ended = [{**start, "ended": True} for start in starts[killed:]]
+    (driven / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in [*starts, *ended]))
+    assert driver.run() == (1 if killed == drive.DEATHS else 0)
+
+
+def test_a_dvc_that_was_killed_counts_as_one(
+    driver: Driver, driven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drive, "_sbatch", lambda script, environment: "2")
+    fake_dvc(tmp_path, "kill -9 $$", monkeypatch)
+    assert driver.run() == 1
+    (start,) = [json.loads(line) for line in (driven / "starts.jsonl").read_text().splitlines()]
+    assert not start["ended"]

@@ -40,7 +40,9 @@ LOCKED_S = 60
 """How often it is started again while another DVC works in the checkout."""
 STALE_S = 600
 DEATHS, WITHIN_S = 5, 600
-"""So many jobs that were ended within that time are no accident."""
+"""So many jobs that were killed within that time are no accident."""
+SUCCESSOR_S = 60
+"""How often a job that has no successor tries to submit one."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by", "Already unlocked")
 """DVC's errors about its locks; the last one after several were killed at once."""
@@ -159,6 +161,12 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _killed(starts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The starts of those DVCs that did not end by themselves, whose jobs were killed or which were."""
+    ended = {(start["job"], start["pid"]) for start in starts if start.get("ended")}
+    return [start for start in starts if (start["job"], start["pid"]) not in ended]
+
+
 def remove_locks(starts: Sequence[dict[str, Any]], job_started: float, blocked_by: set[int]) -> bool:
     """Remove DVC's locks that killed DVCs of this drive have left; whether there were any.
 
@@ -170,8 +178,7 @@ def remove_locks(starts: Sequence[dict[str, Any]], job_started: float, blocked_b
         job_started: Unix time, s.
         blocked_by: process ids that DVC named as the users of a path.
     """
-    ended = {start["pid"] for start in starts if start.get("ended")}
-    killed = {start["pid"]: start["time"] for start in starts if start["pid"] not in ended}
+    killed = {start["pid"]: start["time"] for start in _killed(starts)}
     left = [RWLOCK] if blocked_by and blocked_by <= killed.keys() else []
     for lock in (RWLOCK.with_name("lock"), RWLOCK.with_name("rwlock.lock")):
         made = lock.stat().st_ctime if lock.exists() else 0.0
@@ -190,6 +197,8 @@ class Driver:
         self.profile = load_profile(paths.cluster_profile())
         self.own_id = os.environ["SLURM_JOB_ID"]
         self.stopping, self.started = False, time.time()
+        self.successor: str | None = None
+        self.next_try = 0.0
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._stop)
 
@@ -204,14 +213,14 @@ class Driver:
             print("another drive has taken this one's place: ending")
             return 0
         record.write_job(self.folder, replace(job, job_id=self.own_id))
-        recent = {start["job"] for start in self._starts() if start["time"] > time.time() - WITHIN_S} - {self.own_id}
+        recent = [start for start in _killed(self._starts()) if start["time"] > time.time() - WITHIN_S]
         if len(recent) >= DEATHS:
-            return self._end(job, f"failed: {DEATHS} jobs were ended within {WITHIN_S // 60} min", 1)
-        successor = self._successor(job)
+            return self._end(job, f"failed: {DEATHS} of its jobs were killed within {WITHIN_S // 60} min", 1)
+        self._have_successor(job)
         while True:
-            code, error, blocked_by = self._repro()
+            code, error, blocked_by = self._repro(job)
             if self.stopping or code in (-signal.SIGKILL, -signal.SIGTERM):
-                if successor is None:  # a limit allows one job only
+                if self.successor is None:  # a limit allows one job only
                     subprocess.run(["scontrol", "requeue", self.own_id])
                 return 0 if self.stopping else 1
             if code == 0:
@@ -223,19 +232,23 @@ class Driver:
             print(f"another DVC works in this checkout; trying again in {LOCKED_S} s", flush=True)
             deadline = time.monotonic() + LOCKED_S
             while time.monotonic() < deadline and not self.stopping:
+                self._have_successor(job)
                 time.sleep(0.5)
 
-    def _successor(self, job: Job) -> str | None:
-        """The job that goes on when this one ends; one may be waiting from before this one was requeued."""
+    def _have_successor(self, job: Job) -> None:
+        """Have a job that goes on when this one ends; one may be waiting from before this one was requeued."""
+        if self.successor is not None or time.monotonic() < self.next_try:
+            return
         try:
             waiting = [other for other in _jobs(job) if int(other) > int(self.own_id)]
-            return waiting[0] if waiting else _sbatch(Path(job.jobs) / "script.sh", self.profile.environment)
+            self.successor = waiting[0] if waiting else _sbatch(Path(job.jobs) / "script.sh", self.profile.environment)
         except (UnreachableError, UserError) as error:
-            print(f"no successor ({error}): this job puts itself back, but a kill ends the drive", flush=True)
-            return None
+            if not self.next_try:
+                print(f"no successor ({error}): this job puts itself back, but a kill ends the drive", flush=True)
+            self.next_try = time.monotonic() + SUCCESSOR_S
 
     def _starts(self) -> list[dict[str, Any]]:
-        """Job, Unix time and DVC's process id of each time that `dvc repro` was started, and that it has ended."""
+        """Job, Unix time and process id of each `dvc repro` that was started, and again when it ended by itself."""
         path = self.folder / "starts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -243,7 +256,7 @@ class Driver:
         with (self.folder / "starts.jsonl").open("a") as stream:
             stream.write(json.dumps({"job": self.own_id, "time": time.time(), "pid": pid, "ended": ended}) + "\n")
 
-    def _repro(self) -> tuple[int, str, set[int]]:
+    def _repro(self, job: Job) -> tuple[int, str, set[int]]:
         """The exit status of `dvc repro`, its last error, and the processes that it is blocked by."""
         targets = json.loads((self.folder / "targets.json").read_text())
         command = [str(Path(sys.executable).with_name("dvc")), "repro", *targets]
@@ -272,13 +285,16 @@ class Driver:
         reader.start()
         asked = 0.0
         while process.poll() is None:
-            if self.stopping and not asked:
+            if not self.stopping:
+                self._have_successor(job)
+            elif not asked:
                 asked = time.monotonic()
                 os.killpg(process.pid, signal.SIGINT)
             if asked and time.monotonic() - asked > STOP_S:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.2)
-        self._note(process.pid, ended=True)
+        if process.returncode != -signal.SIGKILL:
+            self._note(process.pid, ended=True)
         reader.join(timeout=STOP_S)  # a process that was left behind may hold the pipe
         return process.returncode, errors[-1] if errors else f"exit status {process.returncode}", blocked_by
 
