@@ -146,7 +146,7 @@ def test_a_drive_gives_up_when_its_jobs_are_killed_again_and_again(
     """Jobs that left because they were preempted do not count."""
     monkeypatch.setattr(drive, "_sbatch", lambda script, environment: "2")
     fake_dvc(tmp_path, "exit 0", monkeypatch)
-    starts = [{"job": str(number), "time": time.time(), "pid": 7, "ended": False} for number in range(10, 20)]
+    starts: list[dict[str, object]] = [{"job": str(number), "time": time.time(), "pid": 7} for number in range(10, 20)]
     ended = [{**start, "ended": True} for start in starts[killed:]]
     (driven / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in [*starts, *ended]))
     assert driver.run() == (1 if killed == drive.DEATHS else 0)
@@ -158,5 +158,28 @@ def test_a_dvc_that_was_killed_counts_as_one(
     monkeypatch.setattr(drive, "_sbatch", lambda script, environment: "2")
     fake_dvc(tmp_path, "kill -9 $$", monkeypatch)
     assert driver.run() == 1
-    (start,) = [json.loads(line) for line in (driven / "starts.jsonl").read_text().splitlines()]
-    assert not start["ended"]
+    assert len((driven / "starts.jsonl").read_text().splitlines()) == 1  # no line about its end
+
+
+def test_a_stage_that_was_killed_is_started_again_by_the_same_job(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stage that fails ends the drive; one that got a signal says nothing about itself."""
+    monkeypatch.setattr(drive, "_sbatch", lambda script, environment: "2")
+    failed = "ERROR: failed to reproduce 'a': failed to run: python -m pipeline train_classifier s12 0, exited with"
+    fake_dvc(
+        tmp_path,
+        f'[ -e twice ] && exit 0; [ -e once ] && touch twice; touch once; echo "{failed} -9"; exit 255',
+        monkeypatch,
+    )
+    assert driver.run() == 0
+    assert capfd.readouterr().out.count("starting again") == 2
+    fake_dvc(tmp_path, f'echo "{failed} -9"; exit 255', monkeypatch)
+    assert driver.run() == 1
+    said = capfd.readouterr().out
+    assert said.count("starting again") == drive.DEATHS - 2
+    assert f"failed: it was killed {drive.DEATHS} times" in said
+    fake_dvc(tmp_path, f'echo "{failed} 1"; exit 255', monkeypatch)
+    (paths.run(drive.STAGE, drive.NAME) / "starts.jsonl").unlink()
+    assert driver.run() == 1
+    assert "exited with 1" in capfd.readouterr().out

@@ -46,6 +46,8 @@ SUCCESSOR_S = 60
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by", "Already unlocked")
 """DVC's errors about its locks; the last one after several were killed at once."""
+STAGE_KILLED = re.compile(r"exited with -(9|15)$")
+"""DVC's error when a stage's process got a signal, from the OOM killer or from whoever ends a node."""
 
 
 def submit(profile: Profile, targets: Sequence[str]) -> str:
@@ -213,11 +215,10 @@ class Driver:
             print("another drive has taken this one's place: ending")
             return 0
         record.write_job(self.folder, replace(job, job_id=self.own_id))
-        recent = [start for start in _killed(self._starts()) if start["time"] > time.time() - WITHIN_S]
-        if len(recent) >= DEATHS:
-            return self._end(job, f"failed: {DEATHS} of its jobs were killed within {WITHIN_S // 60} min", 1)
-        self._have_successor(job)
         while True:
+            if self._deaths() >= DEATHS:
+                return self._end(job, f"failed: it was killed {DEATHS} times within {WITHIN_S // 60} min", 1)
+            self._have_successor(job)
             code, error, blocked_by = self._repro(job)
             if self.stopping or code in (-signal.SIGKILL, -signal.SIGTERM):
                 if self.successor is None:  # a limit allows one job only
@@ -225,6 +226,9 @@ class Driver:
                 return 0 if self.stopping else 1
             if code == 0:
                 return self._end(job, "done", 0)
+            if STAGE_KILLED.search(error):
+                print("its process was killed: starting again", flush=True)
+                continue
             if not any(words in error for words in LOCKED):
                 return self._end(job, f"failed: {error}", 1)
             if remove_locks(self._starts(), self.started, blocked_by):
@@ -252,9 +256,15 @@ class Driver:
         path = self.folder / "starts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def _note(self, pid: int, *, ended: bool = False) -> None:
+    def _note(self, pid: int, **how: bool) -> None:
         with (self.folder / "starts.jsonl").open("a") as stream:
-            stream.write(json.dumps({"job": self.own_id, "time": time.time(), "pid": pid, "ended": ended}) + "\n")
+            stream.write(json.dumps({"job": self.own_id, "time": time.time(), "pid": pid, **how}) + "\n")
+
+    def _deaths(self) -> int:
+        """How often a job, its DVC or a stage was killed lately; leaving before a time limit or preemption is none."""
+        starts = self._starts()
+        killed = [*_killed(starts), *(start for start in starts if start.get("stage_killed"))]
+        return sum(start["time"] > time.time() - WITHIN_S for start in killed)
 
     def _repro(self, job: Job) -> tuple[int, str, set[int]]:
         """The exit status of `dvc repro`, its last error, and the processes that it is blocked by."""
@@ -293,10 +303,12 @@ class Driver:
             if asked and time.monotonic() - asked > STOP_S:
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.2)
-        if process.returncode != -signal.SIGKILL:
-            self._note(process.pid, ended=True)
         reader.join(timeout=STOP_S)  # a process that was left behind may hold the pipe
-        return process.returncode, errors[-1] if errors else f"exit status {process.returncode}", blocked_by
+        error = errors[-1] if errors else f"exit status {process.returncode}"
+        if process.returncode != -signal.SIGKILL:
+            stage_killed = not self.stopping and STAGE_KILLED.search(error) is not None
+            self._note(process.pid, ended=True, stage_killed=stage_killed)
+        return process.returncode, error, blocked_by
 
     def _end(self, job: Job, how: str, code: int) -> int:
         """Say how it ended, in the log and by the profile's `notify`, and cancel the successor."""
