@@ -151,7 +151,7 @@ class Round:
         if self.is_driven:
             if (self.checkout.folder / "runs/drive/repro/done").exists():
                 return True
-            if not any(row.name.startswith("drive-") for row in self.rows()):
+            if self.cluster.is_whole() and not any(row.name.startswith("drive-") for row in self.rows()):
                 done = self.checkout.pipeline("drive", *TARGETS, check=False)
                 self.note("drive", (done.stdout + done.stderr).strip()[-300:])
                 if "Traceback" in done.stderr:
