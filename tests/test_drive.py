@@ -45,7 +45,7 @@ def test_the_lock_of_a_killed_dvc_is_removed_when_it_is_old(
 ) -> None:
     job_started, lock = time.time(), RWLOCK.with_name("lock")
     assert not remove_locks([killed], job_started, set())  # somebody else's, perhaps, who lets go of it
-    monkeypatch.setattr(time, "time", lambda: job_started + STALE_S + 1)
+    monkeypatch.setattr(time, "time", lambda: lock.stat().st_ctime + STALE_S + 1)
     assert not remove_locks([killed, {**killed, "ended": True}], job_started, set())
     assert not remove_locks([], job_started, set())
     assert not remove_locks([{**killed, "time": lock.stat().st_ctime + 1}], job_started, set())

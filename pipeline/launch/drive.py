@@ -39,6 +39,7 @@ STOP_S = 30
 LOCKED_S = 60
 """How often it is started again while another DVC works in the checkout."""
 STALE_S = 600
+"""From then on a lock may be a killed DVC's. Its own age, not this job's: that one may not live as long."""
 DEATHS, WITHIN_S = 5, 600
 """So many jobs that were killed within that time are no accident."""
 SUCCESSOR_S = 60
@@ -173,7 +174,7 @@ def remove_locks(starts: Sequence[dict[str, Any]], job_started: float, blocked_b
     """Remove DVC's locks that killed DVCs of this drive have left; whether there were any.
 
     DVC does not remove them: on another node a process id may be another process', and a lock file names none. Such a
-    file is taken to be a killed one's if it was made while that ran, and is there STALE_S after this job's start.
+    file is taken to be a killed one's if it was made while that ran, and has been there for STALE_S.
 
     Args:
         starts: the lines of `starts.jsonl`.
@@ -184,7 +185,7 @@ def remove_locks(starts: Sequence[dict[str, Any]], job_started: float, blocked_b
     left = [RWLOCK] if blocked_by and blocked_by <= killed.keys() else []
     for lock in (RWLOCK.with_name("lock"), RWLOCK.with_name("rwlock.lock")):
         made = lock.stat().st_ctime if lock.exists() else 0.0
-        is_old = time.time() - job_started > STALE_S
+        is_old = time.time() - made > STALE_S
         left += [lock] if is_old and any(start < made < job_started for start in killed.values()) else []
     for lock in left:
         lock.unlink(missing_ok=True)
