@@ -1,6 +1,7 @@
 """The design has tests: the graph file against the stage modules, code dependencies against imports."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from pipeline.__main__ import STAGES
 from pipeline.stages.code import CALLS
 
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def test_types_are_right() -> None:
+    """Beside other tests, and not before them: mypy takes half a minute on one core."""
+    done = subprocess.run(["mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_one_command_for_each_stage() -> None:

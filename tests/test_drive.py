@@ -15,7 +15,8 @@ from pipeline import paths
 from pipeline.cluster import Profile
 from pipeline.errors import UserError
 from pipeline.launch import drive, record
-from pipeline.launch.drive import STALE_S, Driver, remove_locks
+from pipeline.launch.drive import Driver
+from pipeline.launch.drive_starts import DEATHS, STALE_S, Starts
 from pipeline.launch.dvc_graph import RWLOCK
 from pipeline.launch.record import Job
 from pipeline.launch.slurm_status import UnreachableError
@@ -40,25 +41,32 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     return {"job": "1", "pid": process.pid, "time": before}
 
 
+def starts(*lines: dict[str, object]) -> Starts:
+    """Those of a drive that has these lines."""
+    Path("starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Starts(Path())
+
+
 def test_the_lock_of_a_killed_dvc_is_removed_when_it_is_old(
     killed: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_started, lock = time.time(), RWLOCK.with_name("lock")
-    assert not remove_locks([killed], job_started, set())  # somebody else's, perhaps, who lets go of it
+    assert not starts(killed).remove_locks(job_started, set())  # somebody else's, perhaps, who lets go of it
     monkeypatch.setattr(time, "time", lambda: lock.stat().st_ctime + STALE_S + 1)
-    assert not remove_locks([killed, {**killed, "ended": True}], job_started, set())
-    assert not remove_locks([], job_started, set())
-    assert not remove_locks([{**killed, "time": lock.stat().st_ctime + 1}], job_started, set())
+    assert not starts(killed, {**killed, "ended": True}).remove_locks(job_started, set())
+    assert not starts().remove_locks(job_started, set())
+    assert not starts({**killed, "time": lock.stat().st_ctime + 1}).remove_locks(job_started, set())
     assert lock.exists()
-    assert remove_locks([killed], job_started, set())
+    assert starts(killed).remove_locks(job_started, set())
     assert not lock.exists()
 
 
 def test_a_path_that_only_killed_dvcs_use_is_free(killed: dict[str, object]) -> None:
     RWLOCK.write_text(json.dumps({"write": {}, "read": {}}))
-    assert not remove_locks([killed], time.time(), {os.getpid()})
-    assert not remove_locks([killed], time.time(), {int(str(killed["pid"])), os.getpid()})
-    assert remove_locks([killed], time.time(), {int(str(killed["pid"]))})
+    pid = int(str(killed["pid"]))
+    assert not starts(killed).remove_locks(time.time(), {os.getpid()})
+    assert not starts(killed).remove_locks(time.time(), {pid, os.getpid()})
+    assert starts(killed).remove_locks(time.time(), {pid})
     assert not RWLOCK.exists()
 
 
@@ -139,17 +147,18 @@ def test_a_successor_that_slurm_did_not_take_is_submitted_later(
     assert capfd.readouterr().out.count("no successor") == 1
 
 
-@pytest.mark.parametrize("killed", [drive.DEATHS - 1, drive.DEATHS])
+@pytest.mark.parametrize("killed", [DEATHS - 1, DEATHS])
 def test_a_drive_gives_up_when_its_jobs_are_killed_again_and_again(
     killed: int, driver: Driver, driven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Jobs that left because they were preempted do not count."""
     monkeypatch.setattr(drive, "_sbatch", lambda script, environment: "2")
     fake_dvc(tmp_path, "exit 0", monkeypatch)
-    starts: list[dict[str, object]] = [{"job": str(number), "time": time.time(), "pid": 7} for number in range(10, 20)]
-    ended = [{**start, "ended": True} for start in starts[killed:]]
-    (driven / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in [*starts, *ended]))
-    assert driver.run() == (1 if killed == drive.DEATHS else 0)
+    for number in range(10, 20):
+        driver.starts.note(str(number), 7)
+        if number >= 10 + killed:
+            driver.starts.note(str(number), 7, ended=True)
+    assert driver.run() == (1 if killed == DEATHS else 0)
 
 
 def test_a_dvc_that_was_killed_counts_as_one(
@@ -177,8 +186,8 @@ def test_a_stage_that_was_killed_is_started_again_by_the_same_job(
     fake_dvc(tmp_path, f'echo "{failed} -9"; exit 255', monkeypatch)
     assert driver.run() == 1
     said = capfd.readouterr().out
-    assert said.count("starting again") == drive.DEATHS - 2
-    assert f"failed: it was killed {drive.DEATHS} times" in said
+    assert said.count("starting again") == DEATHS - 2
+    assert f"failed: it was killed {DEATHS} times" in said
     fake_dvc(tmp_path, f'echo "{failed} 1"; exit 255', monkeypatch)
     (paths.run(drive.STAGE, drive.NAME) / "starts.jsonl").unlink()
     assert driver.run() == 1

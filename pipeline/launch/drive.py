@@ -21,13 +21,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from pipeline import paths
 from pipeline.cluster import Profile, load_profile
 from pipeline.errors import UserError
 from pipeline.launch import record
-from pipeline.launch.dvc_graph import RWLOCK
+from pipeline.launch.drive_starts import DEATHS, WITHIN_S, Starts
 from pipeline.launch.record import Job
 from pipeline.launch.scheduler import scheduler_of
 from pipeline.launch.slurm_status import FINAL, UNSETTLED, UnreachableError, ask, squeue
@@ -38,10 +37,6 @@ STOP_S = 30
 """How long `dvc repro` may take to leave after an interrupt."""
 LOCKED_S = 60
 """How often it is started again while another DVC works in the checkout."""
-STALE_S = 600
-"""From then on a lock may be a killed DVC's. Its own age, not this job's: that one may not live as long."""
-DEATHS, WITHIN_S = 5, 600
-"""So many jobs that were killed within that time are no accident."""
 SUCCESSOR_S = 60
 """How often a job that has no successor tries to submit one."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -164,39 +159,12 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _killed(starts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The starts of those DVCs that did not end by themselves, whose jobs were killed or which were."""
-    ended = {(start["job"], start["pid"]) for start in starts if start.get("ended")}
-    return [start for start in starts if (start["job"], start["pid"]) not in ended]
-
-
-def remove_locks(starts: Sequence[dict[str, Any]], job_started: float, blocked_by: set[int]) -> bool:
-    """Remove DVC's locks that killed DVCs of this drive have left; whether there were any.
-
-    DVC does not remove them: on another node a process id may be another process', and a lock file names none. Such a
-    file is taken to be a killed one's if it was made while that ran, and has been there for STALE_S.
-
-    Args:
-        starts: the lines of `starts.jsonl`.
-        job_started: Unix time, s.
-        blocked_by: process ids that DVC named as the users of a path.
-    """
-    killed = {start["pid"]: start["time"] for start in _killed(starts)}
-    left = [RWLOCK] if blocked_by and blocked_by <= killed.keys() else []
-    for lock in (RWLOCK.with_name("lock"), RWLOCK.with_name("rwlock.lock")):
-        made = lock.stat().st_ctime if lock.exists() else 0.0
-        is_old = time.time() - made > STALE_S
-        left += [lock] if is_old and any(start < made < job_started for start in killed.values()) else []
-    for lock in left:
-        lock.unlink(missing_ok=True)
-    return bool(left)
-
-
 class Driver:
     """What runs in the job."""
 
     def __init__(self, token: str) -> None:
         self.folder, self.token = paths.run(STAGE, NAME), token
+        self.starts = Starts(self.folder)
         self.profile = load_profile(paths.cluster_profile())
         self.own_id = os.environ["SLURM_JOB_ID"]
         self.stopping, self.started = False, time.time()
@@ -217,7 +185,7 @@ class Driver:
             return 0
         record.write_job(self.folder, replace(job, job_id=self.own_id))
         while True:
-            if self._deaths() >= DEATHS:
+            if self.starts.deaths() >= DEATHS:
                 return self._end(job, f"failed: it was killed {DEATHS} times within {WITHIN_S // 60} min", 1)
             self._have_successor(job)
             code, error, blocked_by = self._repro(job)
@@ -232,7 +200,7 @@ class Driver:
                 continue
             if not any(words in error for words in LOCKED):
                 return self._end(job, f"failed: {error}", 1)
-            if remove_locks(self._starts(), self.started, blocked_by):
+            if self.starts.remove_locks(self.started, blocked_by):
                 continue
             print(f"another DVC works in this checkout; trying again in {LOCKED_S} s", flush=True)
             deadline = time.monotonic() + LOCKED_S
@@ -252,21 +220,6 @@ class Driver:
                 print(f"no successor ({error}): this job puts itself back, but a kill ends the drive", flush=True)
             self.next_try = time.monotonic() + SUCCESSOR_S
 
-    def _starts(self) -> list[dict[str, Any]]:
-        """Job, Unix time and process id of each `dvc repro` that was started, and again when it ended by itself."""
-        path = self.folder / "starts.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def _note(self, pid: int, **how: bool) -> None:
-        with (self.folder / "starts.jsonl").open("a") as stream:
-            stream.write(json.dumps({"job": self.own_id, "time": time.time(), "pid": pid, **how}) + "\n")
-
-    def _deaths(self) -> int:
-        """How often a job, its DVC or a stage was killed lately; leaving before a time limit or preemption is none."""
-        starts = self._starts()
-        killed = [*_killed(starts), *(start for start in starts if start.get("stage_killed"))]
-        return sum(start["time"] > time.time() - WITHIN_S for start in killed)
-
     def _repro(self, job: Job) -> tuple[int, str, set[int]]:
         """The exit status of `dvc repro`, its last error, and the processes that it is blocked by."""
         targets = json.loads((self.folder / "targets.json").read_text())
@@ -282,7 +235,7 @@ class Driver:
             preexec_fn=_die_with_parent,
         )
         assert process.stdout is not None
-        self._note(process.pid)
+        self.starts.note(self.own_id, process.pid)
         errors: list[str] = []
         blocked_by: set[int] = set()
 
@@ -308,7 +261,7 @@ class Driver:
         error = errors[-1] if errors else f"exit status {process.returncode}"
         if process.returncode != -signal.SIGKILL:
             stage_killed = not self.stopping and STAGE_KILLED.search(error) is not None
-            self._note(process.pid, ended=True, stage_killed=stage_killed)
+            self.starts.note(self.own_id, process.pid, ended=True, stage_killed=stage_killed)
         return process.returncode, error, blocked_by
 
     def _end(self, job: Job, how: str, code: int) -> int:
