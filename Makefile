@@ -23,7 +23,7 @@ APT_TRACKING := postgresql chromium texlive-latex-recommended
 .PHONY: help setup demo test check soak fuzz fresh-machine bench dashboard wheelhouse apt-list apt-test
 
 LINT := ruff check .; ruff format --check .; lint-imports
-SIDE_BY_SIDE := --numprocesses 2 --dist loadscope
+SIDE_BY_SIDE := --numprocesses 3 --dist loadscope
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

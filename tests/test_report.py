@@ -353,12 +353,17 @@ def test_figures_show_the_paper_and_what_was_measured(tmp_path: Path) -> None:
     assert (tmp_path / "accuracy_macs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tables_fit_a_terminal(tmp_path: Path) -> None:
-    report(tmp_path)
+@pytest.mark.parametrize("comparable", [True, False])
+def test_tables_fit_a_terminal(tmp_path: Path, comparable: bool) -> None:
+    """Every table, wherever its verdict stands; of verdicts of a line each, the reason stands below the table."""
+    ablations = classifier_runs({"poolformer_s12": [77.1], "identity": [74.2, 74.3], "layer_norm": [76.2]})
+    report(tmp_path, ablations=ablations, comparable=comparable, reason="" if comparable else REASON)
     stream = io.StringIO()
     print_tables(tmp_path, Console(file=stream, width=80))
     text = stream.getvalue()
-    for word in ("PoolFormer-S12", "77.22 ± 0.13", "inconclusive", "Table 4", "not the paper's recipe", "one seed"):
+    words = ["PoolFormer-S12", "77.22 ± 0.13", "Table 4", "Table 5", "layer_norm", "74.25 ± 0.07", "76.20"]
+    words += ["inconclusive", "not the paper's recipe", "one seed"] if comparable else [f"not comparable: {REASON}"]
+    for word in words:
         assert word in text
     assert "…" not in text
 

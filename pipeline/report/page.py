@@ -135,8 +135,9 @@ def print_tables(folder: Path, console: Console) -> None:
         grid.pad_edge, grid.collapse_padding = False, True
         for column in columns:
             grid.add_column(column.terminal, justify="left" if column.is_text else "right", no_wrap=True)
+        numbers["verdict"] = numbers["verdict"].str.partition(":")[0]  # the rest is among the remarks
         for cells in readable(numbers, columns).itertuples(index=False):
-            grid.add_row(*cells[:-1], cells[-1].partition(":")[0])
+            grid.add_row(*cells)
         console.print(grid)
         if remarks:
             console.print(remarks, style="dim", highlight=False)
