@@ -307,7 +307,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. An error of the user's is one line without a traceback."""
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # as in a job: our FFCV operations call C; compiling takes seconds
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         return int(options.run(options))
@@ -321,4 +320,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # as in a job: our FFCV operations call C; compiling takes seconds
     sys.exit(main())
