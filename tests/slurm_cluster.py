@@ -61,6 +61,17 @@ def rank_processes(job: str | None = None) -> list[tuple[int, psutil.Process]]:
     return found
 
 
+def suspend_trainings(*folders: Path) -> None:
+    """Stop the ranks of those that run, once these have made steps: to Slurm they go on, and the cores are free.
+
+    scancel wakes them. Sooner they would not heed it: Python imports for seconds.
+    """
+    histories, since = [folder / "history.jsonl" for folder in folders], time.time()
+    wait_until(lambda: all(file.exists() and file.stat().st_mtime > since for file in histories), "some steps")
+    for _, process in rank_processes():
+        process.suspend()
+
+
 def dev_cluster(command: str) -> subprocess.CompletedProcess[str]:
     """Run `slurm/dev_cluster up|down|status`."""
     return subprocess.run([DEV_CLUSTER, command], capture_output=True, text=True)

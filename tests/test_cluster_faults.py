@@ -75,7 +75,10 @@ class Training:
 
     @property
     def job(self) -> str:
-        return str(json.loads((self.folder / "job.json").read_text())["job_id"])
+        """The id that Slurm gave it, as soon as the launcher has noted it."""
+        file = self.folder / "job.json"
+        wait_until(lambda: json.loads(file.read_text())["job_id"] is not None, "the job's id", PATIENCE_S)
+        return str(json.loads(file.read_text())["job_id"])
 
     def log(self) -> str:
         path = self.folder / "log.txt"

@@ -12,13 +12,14 @@ from typing import IO
 
 import pytest
 from conftest import Checkout
-from slurm_cluster import ON_SLURM, SlurmCluster, wait_until
+from slurm_cluster import ON_SLURM, SlurmCluster, suspend_trainings, wait_until
 
 from pipeline.launch.slurm_status import POLL_S
 
 pytest_plugins = "slurm_cluster"
 pytestmark = ON_SLURM
 
+CLASSIFIERS = Path("runs/train_classifier")
 COUNTING = """#!/bin/sh
 date +%s.%N >> "$QUERIES"
 exec {program} "$@"
@@ -99,6 +100,7 @@ def look_at_all_that_is_queued(slurm_cluster: SlurmCluster, checkout: Checkout, 
     begun = time.monotonic()
     wait_until(lambda: len(queued(slurm_cluster, checkout)) == 4, "four jobs")
     print(f"\nfrom the first training's stage to four jobs in the queue: {time.monotonic() - begun:.1f} s")
+    suspend_trainings(*(checkout.folder / CLASSIFIERS / f"poolformer_{size}-0" for size in ("s12", "s24")))
     names = queued(slurm_cluster, checkout, "%j", "%E")
     array = {job: name for job, (name, _) in names.items() if name == "train_classifier"}
     assert {job.partition("_")[2] for job in array} == {"0", "1"}
@@ -153,17 +155,22 @@ def test_a_job_queued_ahead_that_dies_is_submitted_again_within_a_minute(
 ) -> None:
     """Its batch script is killed, so nobody requeues it, while `dvc repro` waits for another training."""
     checkout = checkout_on_slurm
-    folder = checkout.folder / "runs/train_classifier/poolformer_s24-0"
+    folder = checkout.folder / CLASSIFIERS / "poolformer_s24-0"
+
+    def noted() -> str:
+        return json.loads((folder / "job.json").read_text())["job_id"] or ""
+
     with started(slurm_cluster, checkout, "dvc", "repro"):
         wait_until(lambda: len(queued(slurm_cluster, checkout)) == 4, "four jobs")
-        job = json.loads((folder / "job.json").read_text())["job_id"]
-        wait_until(lambda: queued(slurm_cluster, checkout, "%T").get(job) == ["RUNNING"], "its start")
+        suspend_trainings(folder)  # not sooner: a signal for a batch script that has not begun is lost
+        wait_until(noted, "its id")
+        job = noted()
         slurm_cluster.run("scancel", "--batch", "--signal=KILL", job)
         wait_until(lambda: job not in queued(slurm_cluster, checkout), "its end")
         began = time.monotonic()
-        wait_until(lambda: json.loads((folder / "job.json").read_text())["job_id"] not in (None, job), "another", 120)
+        wait_until(lambda: noted() not in ("", job), "another", 120)
         print(f"\nfrom the end of a job queued ahead to another one: {time.monotonic() - began:.0f} s")
-        again = json.loads((folder / "job.json").read_text())["job_id"]
+        again = noted()
 
         def waits_for_it() -> bool:
             behind = dict(queued(slurm_cluster, checkout, "%j", "%E").values())

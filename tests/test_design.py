@@ -25,6 +25,12 @@ def test_one_command_for_each_stage() -> None:
     assert set(GRAPH) == set(STAGES)
 
 
+def test_a_stage_that_waits_for_a_job_imports_nothing_that_takes_long() -> None:
+    code = "import sys, pipeline.__main__, pipeline.stages.train, pipeline.stages.evaluate; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert not {"torch", "numpy", "pandas", "scipy", "mlflow", "dvc"} & set(imported.split())
+
+
 def test_stages_are_declarations() -> None:
     for path in (ROOT / "pipeline/stages").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 45, path

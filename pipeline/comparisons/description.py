@@ -1,15 +1,17 @@
 """What a table of the paper is to the report, to MLflow and to the verdict."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from pipeline.paper.paired import Paired
 from pipeline.paper.verdict import Rule
 from pipeline.tasks.description import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Row:
     def property(self, key: str, scale: float = 1.0) -> float | None:
         """A property of the model: from its trainings, else from the evaluation of its released weights."""
         value = self.runs[key].iloc[0] if key in self.runs and len(self.runs) else self.file.get(key)
-        return None if value is None or pd.isna(value) else float(value) * scale
+        return None if value is None or math.isnan(value) else float(value) * scale
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ class Comparison:
     """The row that the others are held against, too: what a change does is the difference to it."""
     remarks: Callable[[Row], list[str]] = lambda row: []
     """Sentences on a row's further numbers, for the notes; asked for where the images are the paper's."""
-    paired: Callable[[pd.DataFrame, pd.DataFrame], Paired] | None = None
-    """A training's predictions against the released weights' and the baseline's; None: they are not compared."""
+    paired: str = ""
+    """`module:function` for a training's predictions against the released weights' and the baseline's; empty: they are
+    not compared."""
     figures: tuple[Figure, ...] = ()
     notes: tuple[str, ...] = field(default=())
 

@@ -4,7 +4,6 @@ from typing import Any
 
 from pipeline.comparisons.description import Column, Comparison, Figure, Row
 from pipeline.paper import label, numbers
-from pipeline.paper.paired import compare_top1
 from pipeline.paper.verdict import TOP1, judge_released
 from pipeline.tasks.classification.description import CLASSIFIER, IMAGENET, TEST_SETS
 from pipeline.variants import VARIANTS
@@ -98,7 +97,7 @@ TABLE2 = Comparison(
     remarks=_remarks,
     fields_of_others=("ade20k.", "segmentation.", "evaluation.segmentation."),
     fields_of_training=("classification.", "segmentation."),
-    paired=compare_top1,
+    paired="pipeline.paper.paired:compare_top1",
     figures=(
         Figure(
             "accuracy_macs",

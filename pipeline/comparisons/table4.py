@@ -7,7 +7,6 @@ from typing import Any
 
 from pipeline.comparisons.description import Column, Comparison, Figure, Row
 from pipeline.paper import label, numbers, released_file
-from pipeline.paper.paired import compare_miou
 from pipeline.paper.verdict import MIOU
 from pipeline.tasks.segmentation.description import SEGMENTER
 from pipeline.variants import VARIANTS
@@ -89,7 +88,7 @@ TABLE4 = Comparison(
     published=_published,
     fields_of_others=("evaluation.classification.",),
     fields_of_training=("classification.", "segmentation.", "imagenet."),
-    paired=compare_miou,
+    paired="pipeline.paper.paired:compare_miou",
     figures=(
         Figure(
             "miou_params",

@@ -5,15 +5,14 @@ from typing import Any
 from pipeline.ablations import ABLATIONS
 from pipeline.comparisons.description import Baseline, Column, Comparison, Figure, Row
 from pipeline.comparisons.table2 import classifier_cells
-from pipeline.paper import load, numbers
-from pipeline.paper.paired import compare_top1
+from pipeline.paper import numbers, rows
 from pipeline.paper.verdict import TOP1
 from pipeline.tasks.ablation.description import ABLATION
 from pipeline.tasks.classification.description import CLASSIFIER
 
 NAME = "table5_ablations"
 BASELINE = "baseline"
-CHANGES = {str(row.model): f"{row.group}: {row.change}" for row in load(NAME).itertuples()} | {BASELINE: "none"}
+CHANGES = {row["model"]: f"{row['group']}: {row['change']}" for row in rows(NAME)} | {BASELINE: "none"}
 """As "token mixer: identity"."""
 
 
@@ -63,7 +62,7 @@ TABLE5 = Comparison(
     fields_of_others=("ade20k.", "segmentation.", "evaluation.segmentation."),
     fields_of_training=("ablations.",),
     baseline=Baseline(BASELINE, CLASSIFIER, "poolformer_s12"),
-    paired=compare_top1,
+    paired="pipeline.paper.paired:compare_top1",
     figures=(
         Figure(
             "mixers_macs",

@@ -4,8 +4,7 @@ from typing import Any
 
 from pipeline.comparisons.description import Baseline, Column, Comparison, Figure, Row
 from pipeline.comparisons.table2 import classifier_cells
-from pipeline.paper import numbers, wide
-from pipeline.paper.paired import compare_top1
+from pipeline.paper import numbers, rows
 from pipeline.paper.verdict import TOP1
 from pipeline.tasks.classification.description import CLASSIFIER
 from pipeline.tasks.classification.longer_training import BASE, LONGER
@@ -30,7 +29,7 @@ TABLE7 = Comparison(
     title="Table 7: longer training of PoolFormer-S12",
     experiment="Table 7: longer training of PoolFormer-S12",
     task=LONGER,
-    names=tuple(str(name) for name in wide(NAME).index),
+    names=tuple(dict.fromkeys(row["model"] for row in rows(NAME))),
     measured="top1",
     quantity="top1",
     rule=TOP1,
@@ -57,7 +56,7 @@ TABLE7 = Comparison(
     fields_of_others=("ade20k.", "segmentation.", "evaluation.segmentation."),
     fields_of_training=("longer_training.",),
     baseline=Baseline("epochs_300", CLASSIFIER, BASE),
-    paired=compare_top1,
+    paired="pipeline.paper.paired:compare_top1",
     figures=(
         Figure(
             "accuracy_epochs",

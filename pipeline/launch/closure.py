@@ -129,9 +129,7 @@ class Closure:
     def _add_native(self, package: str) -> None:
         """An extension module `package._name` is built from the C sources in `package/native`, by pyproject.toml."""
         if (project := self.root / "pyproject.toml").exists():
-            modules = tomllib.loads(project.read_text())["tool"]["setuptools"]["ext-modules"]
-            own = [module for module in modules if module["name"].rpartition(".")[0] == package]
-            self.definitions[f"C:{package} build"] = _sha(json.dumps(own, sort_keys=True))
+            self.definitions[f"C:{package} build"] = _sha(_build(package, project.read_text()))
         for file in sorted((self.root / package.replace(".", "/") / "native").glob("*.[ch]")):
             self.definitions[f"C:{file.name}"] = _sha(c_tokens(file.read_text()))
 
@@ -281,6 +279,14 @@ def _dump(node: object) -> str:
     return repr(node)
 
 
+@functools.lru_cache(maxsize=256)
+def _build(package: str, project: str) -> str:
+    """How `project`, the content of pyproject.toml, says that a package's extension modules are built."""
+    modules = tomllib.loads(project)["tool"]["setuptools"]["ext-modules"]
+    return json.dumps([module for module in modules if module["name"].rpartition(".")[0] == package], sort_keys=True)
+
+
+@functools.lru_cache(maxsize=256)
 def c_tokens(text: str) -> str:
     """C source without comments and layout: one token per line, with markers around preprocessor lines."""
     tokens: list[str] = []

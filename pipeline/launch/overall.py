@@ -47,6 +47,10 @@ class Overall:
         self.repro = _around(params, self.stage) if self.stage else None
         self.looked = -LOOK_S
 
+    def leads_to(self, stage: str) -> bool:
+        """Whether the `dvc repro` around this process runs `stage` too."""
+        return self.repro is not None and stage in self.repro.expected_s
+
     def show(self) -> None:
         """Log the bar, if it has grown; looked at every LOOK_S at most."""
         if self.repro is None or time.monotonic() - self.looked < LOOK_S:

@@ -1,6 +1,16 @@
 """The paper's numbers as CSV with a source for each, and the verdict on a measurement against them."""
 
-from pipeline.paper.tables import TABLES, disagreements, label, load, numbers, recipe_differences, released_file, wide
+from pipeline.paper.tables import (
+    TABLES,
+    disagreements,
+    label,
+    load,
+    numbers,
+    recipe_differences,
+    released_file,
+    rows,
+    wide,
+)
 from pipeline.paper.verdict import TableVerdict, Verdict, judge_effect, judge_released, judge_retraining, judge_table
 
 __all__ = [
@@ -17,5 +27,6 @@ __all__ = [
     "numbers",
     "recipe_differences",
     "released_file",
+    "rows",
     "wide",
 ]

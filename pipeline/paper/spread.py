@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.paper.tables import load
+from pipeline.paper.tables import rows
 
 LEVEL = 0.95
 POWER = 0.8
@@ -87,9 +87,8 @@ def with_own(prior: Spread, own: Iterable[Spread]) -> Spread:
 
 def public_reruns(quantity: str) -> Spread:
     """Pooled over the groups of `reruns.csv`: one for each model and source."""
-    rows = load("reruns")
-    rows = rows[rows["quantity"] == quantity]
-    return pooled(
-        Spread.of(list(group["value"]), str(source))
-        for (_, source), group in rows.groupby(["model", "source"], sort=False)
-    )
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows("reruns"):
+        if row["quantity"] == quantity:
+            groups.setdefault((row["model"], row["source"]), []).append(row["value"])
+    return pooled(Spread.of(values, source) for (_, source), values in groups.items())

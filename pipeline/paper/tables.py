@@ -2,16 +2,22 @@
 
 "MetaFormer Is Actually What You Need for Vision" (arXiv:2111.11418v3, CVPR 2022), its official code and release,
 timm's and mmsegmentation's measurements. Where two sources disagree, `disagreements.csv` says so.
+
+pandas is imported where a table is wanted: it takes half a second, and most commands need none.
 """
 
+from __future__ import annotations
+
+import csv
 import json
 import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = Path(__file__).parent
 
@@ -22,34 +28,39 @@ TABLES = tuple(sorted(file.stem for file in FOLDER.glob("*.csv") if file.stem no
 
 
 @cache
-def _read(name: str) -> pd.DataFrame:
-    dtype: dict[str, Any] = {"value": float} if name in TABLES else {}
-    return pd.read_csv(FOLDER / f"{name}.csv", dtype=dtype, keep_default_na=False)
+def rows(name: str) -> tuple[Mapping[str, Any], ...]:
+    """One file as it stands, in the order of the source's table; `value` is a float in files of numbers."""
+    with (FOLDER / f"{name}.csv").open(newline="") as file:
+        found: list[dict[str, Any]] = list(csv.DictReader(file))
+    if name in TABLES:
+        for row in found:
+            row["value"] = float(row["value"])
+    return tuple(found)
 
 
 def load(name: str) -> pd.DataFrame:
-    """One file as it stands: a row for each number, in the order of the source's table."""
-    return _read(name).copy()
+    """The same as a table."""
+    import pandas as pd
+
+    return pd.DataFrame(rows(name))
 
 
 def wide(name: str) -> pd.DataFrame:
     """One file of numbers as a table: a row for each model, a float column for each quantity, in the file's order."""
-    numbers = _read(name)
+    numbers = load(name)
     table = numbers.pivot(index="model", columns="quantity", values="value")
     return table.loc[numbers["model"].unique(), list(numbers["quantity"].unique())]
 
 
 def numbers(name: str, model: str) -> dict[str, float]:
     """The numbers that one file has for one model, by quantity."""
-    rows = _read(name)
-    rows = rows[rows["model"] == model]
-    return dict(zip(rows["quantity"], rows["value"].astype(float), strict=True))
+    return {row["quantity"]: row["value"] for row in rows(name) if row["model"] == model}
 
 
 def disagreements(table: str) -> pd.DataFrame:
     """Where the sources disagree on a number of `table` ("table2" or "table4"), which one is used here, and why."""
-    rows = _read("disagreements")
-    return rows[rows["table"] == table].drop(columns="table").reset_index(drop=True)
+    found = load("disagreements")
+    return found[found["table"] == table].drop(columns="table").reset_index(drop=True)
 
 
 def label(variant: str) -> str:
@@ -60,8 +71,8 @@ def label(variant: str) -> str:
 
 def released_file(task: str, variant: str) -> str:
     """Name of the released weights for `task` ("classification": the authors' file, "segmentation": mmseg's)."""
-    files = _read("released_files")
-    return str(files.loc[(files["task"] == task) & (files["model"] == label(variant)), "file"].item())
+    (file,) = (row["file"] for row in rows("released_files") if (row["task"], row["model"]) == (task, label(variant)))
+    return str(file)
 
 
 def recipe_differences(
@@ -80,13 +91,13 @@ def recipe_differences(
         base: the variant whose recipe holds where `variant` has none of its own.
         section: as the fields are to be named; empty: `task`.
     """
-    rows = _read("recipe")
     allowed: dict[str, list[Any]] = {}
     for model in ("all", *([label(base)] if base else []), label(variant)):
-        own = rows[(rows["task"] == task) & (rows["model"] == model)]
-        allowed |= {
-            str(field): [json.loads(value) for value in group] for field, group in own.groupby("field")["value"]
-        }
+        own: dict[str, list[Any]] = {}
+        for row in rows("recipe"):
+            if (row["task"], row["model"]) == (task, model):
+                own.setdefault(row["field"], []).append(json.loads(row["value"]))
+        allowed |= own
     return [
         f"{section or task}.{field}"
         for field, value in recipe.items()

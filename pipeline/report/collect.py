@@ -19,7 +19,7 @@ from pipeline.launch.usage import efficiency
 from pipeline.launch.works import training_folder
 from pipeline.paper import label, recipe_differences
 from pipeline.report.background import Background, Provenance
-from pipeline.tasks.description import Task
+from pipeline.tasks.description import Task, load
 from pipeline.tracking import reference
 from pipeline.tracking.about import About, git_commit
 from pipeline.tracking.mirror import Mirror
@@ -91,9 +91,9 @@ def paired(params: Params) -> pd.DataFrame:
     """
     rows = []
     for comparison in COMPARISONS:
-        task, compare = comparison.task, comparison.paired
-        if compare is None:
+        if not comparison.paired:
             continue
+        task, compare = comparison.task, load(comparison.paired)
         for variant, seed in _runs(params, task):
             others: dict[str, Path] = {}
             if variant in task.released_names(params):

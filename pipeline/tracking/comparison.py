@@ -4,16 +4,17 @@ run table that reads like the paper's.
 It is written into `runs/compare_with_paper/` first, and mirrored from there as every run folder is.
 """
 
+from __future__ import annotations
+
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
 from filelock import FileLock
 
 from pipeline import paths
@@ -23,6 +24,9 @@ from pipeline.tracking.about import About, flat, provenance
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.models import registered_name
 from pipeline.tracking.server import Server
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_EXPERIMENT_TAG = 20_000
 
@@ -120,6 +124,7 @@ class ComparisonMirror:
         return {key: run_id for key, run_id in ids.items() if run_id is not None}
 
     def _log(self, client: Any, content: dict[str, Any]) -> None:
+        import pandas as pd
         from mlflow.entities import RunTag
 
         about = About.read(self.folder)
@@ -185,7 +190,7 @@ def _table_metrics(table: pd.DataFrame) -> dict[str, float]:
         f"{row['model']}/{key}": float(value)
         for _, row in table.iterrows()
         for key, value in row.items()
-        if isinstance(value, int | float) and not pd.isna(value)
+        if isinstance(value, int | float) and not math.isnan(value)
     }
 
 
@@ -198,10 +203,14 @@ def _log_metrics(client: Any, run_id: str, metrics: Mapping[str, float]) -> None
     changed = [
         Metric(key, value, now, 0)
         for key, value in metrics.items()
-        if key not in known or not np.isclose(known[key], value, rtol=1e-6, atol=0, equal_nan=True)
+        if key not in known or not _is_same(known[key], value)
     ]
     for start in range(0, len(changed), 500):
         client.log_batch(run_id, metrics=changed[start : start + 500])
+
+
+def _is_same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6) or (math.isnan(one) and math.isnan(other))
 
 
 def _log_table(client: Any, run_id: str, table: pd.DataFrame, name: str) -> None:

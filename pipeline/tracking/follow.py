@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from pipeline.train import history
 
 SHOW_EVERY_S = 5.0
 MIRROR_OTHERS_EVERY_S = 60.0
+BRIEF_S = 30.0
+"""A stage that is over sooner leaves MLflow, which takes seconds to import, to the `compare_with_paper` after it."""
 log = logging.getLogger(__name__)
 
 
@@ -38,6 +41,7 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
     server = Server()
     mirror = mirror_of(server, folder)
     overall = Overall(params)
+    is_left = _left_to_the_last(overall)
     variant = work.name.rpartition("-")[0]
     shown = {"at": 0.0, "step": -1, "others_at": time.monotonic()}
     said = set[str]()
@@ -57,42 +61,59 @@ def follow(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[s
                 log.warning("%s has left its reference: %s", work.name, left)
                 said.add(left)
         overall.show()
+        if not is_left():
+            send()
+        shown["at"] = time.monotonic()
+
+    def send() -> None:
         mirror.update("RUNNING", in_a_hurry=True)
-        if ahead.others and now - shown["others_at"] > MIRROR_OTHERS_EVERY_S:
+        if ahead.others and time.monotonic() - shown["others_at"] > MIRROR_OTHERS_EVERY_S:
             for other in ahead.others:
                 if other.batch is not None:  # a training
                     _describe(params, STAGES[other.stage][1], other)
             catch_up(server, running=True)
             shown["others_at"] = time.monotonic()
-        shown["at"] = time.monotonic()
 
+    is_done = False
     try:
         run_job(work, outputs, watch)
+        is_done = True
     finally:
-        if _describe(params, task, work):
-            mirror.update(status(folder))
-        catch_up(server)
+        is_described = _describe(params, task, work)
+        if not (is_done and is_left()):
+            if is_described:
+                mirror.update(status(folder))
+            catch_up(server)
 
 
 def run_evaluation(params: Params, task: Task, work: Work, ahead: Ahead, outputs: dict[str, Path]) -> None:
     """Run an evaluation job, and log what it measured where the training of the same name was logged."""
-
     overall = Overall(params)
+    is_left = _left_to_the_last(overall)
 
     def watch(_: Path) -> None:
         overall.show()
-        import_module("mlflow")  # takes seconds, which cost nothing while the job runs
+        if not is_left():
+            import_module("mlflow")  # takes seconds, which cost nothing while the job runs
         ahead.tend_now_and_then()
 
     run_job(work, outputs, watch)
-    server = Server()
     variant, _, seed = work.name.rpartition("-")
     training = training_folder(params, task, variant, int(seed))
     if training is not None and About.read(training) is not None:
         with paths.written_atomically(training / "evaluation.json") as temporary:
             shutil.copyfile(outputs["metrics.json"], temporary)
-        mirror_of(server, training).update(status(training))
-    catch_up(server)
+    if not is_left():
+        server = Server()
+        if training is not None:
+            mirror_of(server, training).update(status(training))
+        catch_up(server)
+
+
+def _left_to_the_last(overall: Overall) -> Callable[[], bool]:
+    """Whether a stage that began now is still brief, in a `dvc repro` that ends with bringing MLflow up to date."""
+    began, has_last = time.monotonic(), overall.leads_to("compare_with_paper")
+    return lambda: has_last and time.monotonic() - began < BRIEF_S
 
 
 def _describe(params: Params, task: Task, work: Work) -> bool:

@@ -5,15 +5,15 @@ run folder of a finished training; several files are several seeds. Each becomes
 that MLflow and the report show it as any other. The reference is a band: the seeds' range with a margin.
 """
 
+from __future__ import annotations
+
 import json
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from pipeline import paths
 from pipeline.config import Params
@@ -23,6 +23,9 @@ from pipeline.paper import label
 from pipeline.tasks.description import Task
 from pipeline.tracking.about import About, flat, provenance
 from pipeline.train import history
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STAGE = "reference"
 CHECKPOINTS = (0.05, 0.1, 0.2)
@@ -81,6 +84,8 @@ def read(file: Path) -> pd.DataFrame:
     Raises:
         UserError: the file is missing or no curve can be read from it.
     """
+    import pandas as pd
+
     if not file.exists():
         raise UserError(f"{file} is missing")
     if file.is_dir():
@@ -110,6 +115,9 @@ def read(file: Path) -> pd.DataFrame:
 
 def _of_run(folder: Path) -> pd.DataFrame:
     """Means over each whole epoch, and the last validation pass in it."""
+    import numpy as np
+    import pandas as pd
+
     records = pd.DataFrame(history.read(folder / "history.jsonl"), columns=["epoch", "loss"])
     if records.empty:
         raise UserError(f"{folder} has no history.jsonl: it is no run folder of a training")
@@ -150,7 +158,7 @@ def band(variant: str, metric: str) -> dict[int, Band]:
 
 
 def _widened(metric: str, numbers: Sequence[float]) -> Band:
-    margin = MARGIN[metric] * (float(np.mean(numbers)) if metric == "loss" else 1.0)
+    margin = MARGIN[metric] * (statistics.fmean(numbers) if metric == "loss" else 1.0)
     return Band(min(numbers) - margin, max(numbers) + margin)
 
 
@@ -172,7 +180,7 @@ def verdict(variant: str, records: Sequence[Mapping[str, Any]], passes: Sequence
     inside = [record["loss"] for record in records if epoch - 1 < record["epoch"] <= epoch]
     findings = []
     if inside and epoch in losses:
-        findings.append(_outside("loss", float(np.mean(inside)), losses[epoch], ".3f"))
+        findings.append(_outside("loss", statistics.fmean(inside), losses[epoch], ".3f"))
     accuracies = band(variant, "top1")
     # The last pass by then: later ones would say the same again in other words.
     by_then = [each for each in passes if round(each["epoch"]) <= epoch]
