@@ -168,7 +168,7 @@ def test_a_job_queued_ahead_that_dies_is_submitted_again_within_a_minute(
         slurm_cluster.run("scancel", "--batch", "--signal=KILL", job)
         wait_until(lambda: job not in queued(slurm_cluster, checkout), "its end")
         began = time.monotonic()
-        wait_until(lambda: noted() not in ("", job), "another", 120)
+        wait_until(lambda: noted() not in ("", job), "another", 240)
         print(f"\nfrom the end of a job queued ahead to another one: {time.monotonic() - began:.0f} s")
         again = noted()
 
@@ -176,7 +176,7 @@ def test_a_job_queued_ahead_that_dies_is_submitted_again_within_a_minute(
             behind = dict(queued(slurm_cluster, checkout, "%j", "%E").values())
             return behind.get("train_segmenter-poolformer_s24-0", "").startswith(f"afterok:{again}")
 
-        wait_until(waits_for_it, "its segmenter behind it", 120)
+        wait_until(waits_for_it, "its segmenter behind it", 240)
 
 
 def test_one_target_queues_only_what_it_needs(slurm_cluster: SlurmCluster, checkout_on_slurm: Checkout) -> None:
