@@ -38,6 +38,7 @@ def rows(checkout: Path, environment: dict[str, str], trainings: int) -> Iterato
         command([*compose, *one], checkout, environment, says="")
         command(["dvc", "repro"], checkout, environment, says="Updating lock file")
     command([*compose, f"seeds=[{','.join(map(str, range(seeds)))}]"], checkout, environment, says="")
+    command([*python, "prepare_weights"], checkout, environment, says="")  # the copies of trainings depend on its files
     shutil.rmtree(checkout / "runs/compare_with_paper", ignore_errors=True)
     (checkout / "mlflow.db").unlink(missing_ok=True)
     copied = call("benchmarks.scale_trainings", "copy", folder=checkout, environment=environment)
