@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Checkout
-from slurm_cluster import ON_SLURM, SlurmCluster, wait_until
+from slurm_cluster import ON_SLURM, SlurmCluster, suspend_trainings, wait_until
 
 pytest_plugins = "slurm_cluster"
 pytestmark = ON_SLURM
@@ -18,14 +18,20 @@ drive: {mem: 3G}
 
 
 @pytest.fixture
-def driven(slurm_cluster: SlurmCluster, checkout: Checkout) -> Checkout:
-    """A checkout whose data is made, with a training that goes on until it has been disturbed often enough."""
+def on_slurm(slurm_cluster: SlurmCluster, checkout: Checkout) -> Checkout:
+    """A checkout with a training that goes on until it has been disturbed often enough."""
     dev = (checkout.folder / "slurm/dev.yaml").read_text()
     (checkout.folder / "slurm/driven.yaml").write_text(dev + PROFILE)
     checkout.environment |= slurm_cluster.environment | {"PIPELINE_CLUSTER": "slurm/driven.yaml"}
     compose(checkout, 100_000)
-    checkout.run("dvc", "repro", "convert_imagenet")
     return checkout
+
+
+@pytest.fixture
+def driven(on_slurm: Checkout) -> Checkout:
+    """The same, its data made."""
+    on_slurm.run("dvc", "repro", "convert_imagenet")
+    return on_slurm
 
 
 def compose(checkout: Checkout, steps: int) -> None:
@@ -57,7 +63,6 @@ def test_a_drive_outlives_a_kill_and_a_preemption(slurm_cluster: SlurmCluster, d
     refused = driven.pipeline("drive", check=False)
     assert refused.returncode == 1
     assert "wait for it, or end it with `python -m pipeline cancel drive repro`" in refused.stderr
-    history = driven.folder / "runs/train_classifier/poolformer_s12-0/history.jsonl"
     seen: list[str] = []
 
     def next_driver(what: str) -> str:
@@ -70,7 +75,7 @@ def test_a_drive_outlives_a_kill_and_a_preemption(slurm_cluster: SlurmCluster, d
         return job
 
     next_driver("the first driver")
-    wait_until(history.exists, "the first steps")
+    suspend_trainings(driven.folder / "runs/train_classifier/poolformer_s12-0")
     assert "drive repro" in driven.pipeline("jobs").stdout
 
     (driver,) = processes("pipeline.launch.drive", driven.folder)
@@ -109,8 +114,8 @@ def test_the_end_of_the_graph_ends_the_drive_and_says_so(slurm_cluster: SlurmClu
     wait_until(lambda: not drivers(slurm_cluster), "the end")
 
 
-def test_a_profile_of_this_machine_needs_no_driver(driven: Checkout) -> None:
-    refused = driven.pipeline("drive", check=False, PIPELINE_CLUSTER="slurm/local.yaml")
+def test_a_profile_of_this_machine_needs_no_driver(on_slurm: Checkout) -> None:
+    refused = on_slurm.pipeline("drive", check=False, PIPELINE_CLUSTER="slurm/local.yaml")
     assert refused.returncode == 1
     assert "`dvc repro` needs no job here" in refused.stderr
 
@@ -128,12 +133,12 @@ def processes(module: str, folder: Path) -> list[int]:
     return found
 
 
-def test_a_first_profile_is_one_that_the_cluster_accepts(slurm_cluster: SlurmCluster, driven: Checkout) -> None:
-    told = driven.pipeline("doctor", "--profile", "slurm/first.yaml").stdout
+def test_a_first_profile_is_one_that_the_cluster_accepts(slurm_cluster: SlurmCluster, on_slurm: Checkout) -> None:
+    told = on_slurm.pipeline("doctor", "--profile", "slurm/first.yaml").stdout
     assert "export PIPELINE_CLUSTER=slurm/first.yaml" in told
-    text = (driven.folder / "slurm/first.yaml").read_text()
+    text = (on_slurm.folder / "slurm/first.yaml").read_text()
     assert "partition: main" in text
     assert "account: root" in text
-    found = driven.pipeline("doctor", PIPELINE_CLUSTER="slurm/first.yaml").stdout
+    found = on_slurm.pipeline("doctor", PIPELINE_CLUSTER="slurm/first.yaml").stdout
     assert "would accept a job of this profile" in found
-    assert driven.pipeline("doctor", "--profile", "slurm/first.yaml", check=False).returncode == 1
+    assert on_slurm.pipeline("doctor", "--profile", "slurm/first.yaml", check=False).returncode == 1
