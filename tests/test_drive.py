@@ -170,6 +170,18 @@ def test_a_dvc_that_was_killed_counts_as_one(
     assert len((driven / "starts.jsonl").read_text().splitlines()) == 1  # no line about its end
 
 
+def test_a_driver_that_has_to_leave_while_it_waits_starts_no_dvc(
+    driver: Driver, driven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drive, "_sbatch", lambda script, environment: "2")
+    told = f"(sleep 1; kill -USR2 {os.getpid()}) > /dev/null 2>&1 &"
+    fake_dvc(tmp_path, f"echo 'ERROR: Unable to acquire lock'; {told} exit 255", monkeypatch)
+    assert driver.run() == 0
+    assert driver.starts.deaths() == 0
+    assert len((driven / "starts.jsonl").read_text().splitlines()) == 2  # one DVC's start and end
+    assert not (driven / "done").exists()
+
+
 def test_a_stage_that_was_killed_is_started_again_by_the_same_job(
     driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

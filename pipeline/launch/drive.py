@@ -188,7 +188,7 @@ class Driver:
             if self.starts.deaths() >= DEATHS:
                 return self._end(job, f"failed: it was killed {DEATHS} times within {WITHIN_S // 60} min", 1)
             self._have_successor(job)
-            code, error, blocked_by = self._repro(job)
+            code, error, blocked_by = (0, "", set[int]()) if self.stopping else self._repro(job)
             if self.stopping or code in (-signal.SIGKILL, -signal.SIGTERM):
                 if self.successor is None:  # a limit allows one job only
                     subprocess.run(["scontrol", "requeue", self.own_id])
