@@ -7,11 +7,12 @@ import csv
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,27 @@ class Listed(Protocol):
         ...
 
 
+class Names(Sequence[str]):
+    """File names, in 8 bytes more than each is long; a list of strings takes 70 more."""
+
+    def __init__(self) -> None:
+        self._text, self._ends = bytearray(), array("q", [0])
+
+    def extend(self, names: Iterable[str]) -> None:
+        """Add some at the end."""
+        for name in names:
+            self._text += name.encode("utf-8", "surrogateescape")  # as the file system's
+            self._ends.append(len(self._text))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        """A name; slices are not supported."""
+        place = range(len(self))[index]
+        return self._text[self._ends[place] : self._ends[place + 1]].decode("utf-8", "surrogateescape")
+
+
 @dataclass(frozen=True)
 class LabelledImages(ABC):
     """A split's images in the order of ImageNet's folders: sorted by class, then by file.
@@ -50,7 +72,7 @@ class LabelledImages(ABC):
 
     root: Path
     classes: tuple[str, ...]
-    names: list[str]
+    names: Sequence[str]
     labels: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
@@ -138,7 +160,7 @@ def list_image_folder(
     root = Path(folder)
     found = class_names(root)
     check_classes(root, found, num_classes, classes)
-    names: list[str] = []
+    names = Names()
     labels: list[npt.NDArray[np.int32]] = []
     sizes: list[npt.NDArray[np.int64]] = []
     for label, name in enumerate(found):
