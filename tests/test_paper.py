@@ -10,6 +10,7 @@ import pytest
 from pipeline import paper
 from pipeline.ablations import ABLATIONS
 from pipeline.config import VARIANT_NAMES, ClassificationRecipe, SegmentationRecipe
+from pipeline.paper import tables
 from pipeline.paper.claims import identifier, judge_claims, names
 
 FOLDER = Path(paper.__file__).parent
@@ -222,3 +223,10 @@ def test_the_papers_own_numbers_fulfil_its_claims() -> None:
     outcomes = {claim.predicate: claim.outcome for claim in judge_claims(cells) if claim.table in cells}
     assert len(outcomes) == 22
     assert set(outcomes.values()) == {"holds"}
+
+
+def test_a_table_that_the_paper_lacks_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    (tmp_path / "new.csv").write_text("model,quantity,value,unit,source,note\n")
+    assert tables.wide("new").empty
+    assert tables.numbers("new", "poolformer_s12") == {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,21 +28,28 @@ TABLES = tuple(sorted(file.stem for file in FOLDER.glob("*.csv") if file.stem no
 
 
 @cache
-def rows(name: str) -> tuple[Mapping[str, Any], ...]:
-    """One file as it stands, in the order of the source's table; `value` is a float in files of numbers."""
+def _read(name: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """A file's columns and rows."""
     with (FOLDER / f"{name}.csv").open(newline="") as file:
-        found: list[dict[str, Any]] = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        found: list[dict[str, Any]] = list(reader)
     if name in TABLES:
         for row in found:
             row["value"] = float(row["value"])
-    return tuple(found)
+    return list(reader.fieldnames or ()), found
+
+
+def rows(name: str) -> Sequence[Mapping[str, Any]]:
+    """One file as it stands, in the order of the source's table; `value` is a float in files of numbers."""
+    return _read(name)[1]
 
 
 def load(name: str) -> pd.DataFrame:
-    """The same as a table."""
+    """The same as a table, which has its columns where there are no rows, too."""
     import pandas as pd
 
-    return pd.DataFrame(rows(name))
+    columns, found = _read(name)
+    return pd.DataFrame(found, columns=columns)
 
 
 def wide(name: str) -> pd.DataFrame:
